@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself the first time; needs Python 3.11 or 3.12 (with venv and headers) and a C++ compiler.
+
+# The first interpreter that really runs, is new enough and can make virtual environments.
+PYTHON := $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: read test test-slow lint format bench clean
+
+read: $(READY)  ## read the sample pictures with the built-in model, and compare with what is on them
+	@$(BIN)/trocr-fast evaluate --lines examples/lines
+
+test: $(READY)  ## everything that is not slow
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the real configurations at full size
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY)  ## results go to bench/results
+	$(BIN)/python -m bench.startup
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 with venv on the PATH, found none" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,12 @@
+"""Set-up shared by all tests."""
+
+import os
+
+import torch
+
+# Before any kernel module is imported: without a GPU, Triton's interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The models of the tests are small: more threads cost more than they bring, a hundredfold on a busy machine.
+torch.set_num_threads(1)

@@ -1,0 +1,231 @@
+"""The public class on the built-in model and on small models of transformers."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.parity.models import Case, build, lively_reference, save
+from trocr_fast import CheckpointError, TrOCR
+from trocr_fast.checkpoint import BUILTIN
+from trocr_fast.cross_memory import KINDS
+from trocr_fast.errors import UsageError
+
+LINES = Path(__file__).parent.parent / "examples" / "lines"
+SAMPLES = sorted(path for path in LINES.iterdir() if path.suffix != ".txt")
+
+
+@pytest.fixture(scope="module")
+def ocr() -> TrOCR:
+    return TrOCR.from_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def samples(ocr: TrOCR):
+    return list(ocr.read(SAMPLES))
+
+
+def test_reads_every_kind_of_picture(ocr: TrOCR) -> None:
+    path = LINES / "total.png"
+    image = Image.open(path).convert("RGB")
+    kinds = [path, str(path), path.read_bytes(), image, np.asarray(image)]
+    lines = list(ocr.read(kinds))
+    assert [line.path for line in lines] == [str(path), str(path), None, None, None]
+    assert len({(line.text, line.confidence) for line in lines}) == 1
+    assert all(line.error is None and not line.truncated for line in lines)
+
+
+def test_batch_size_changes_nothing_but_speed(ocr: TrOCR, samples) -> None:
+    assert len({line.text for line in samples}) > len(samples) // 2
+    for batch_size in (1, 5, 100):
+        lines = list(ocr.read(SAMPLES, batch_size=batch_size))
+        assert [line.token_ids for line in lines] == [line.token_ids for line in samples]
+        # The product's order of additions may differ with the batch, not more.
+        np.testing.assert_allclose([x.confidence for x in lines], [x.confidence for x in samples], rtol=1e-4)
+
+
+def test_bad_pictures_are_rows_and_touch_nothing_else(ocr: TrOCR, samples) -> None:
+    mixed = [b"", *SAMPLES[:2], "no/such/file.png", SAMPLES[2], object(), b"garbage"]
+    lines = list(ocr.read(mixed, batch_size=2))
+    assert [line.error is None for line in lines] == [False, True, True, False, True, False, False]
+    assert [line.token_ids for line in lines if line.error is None] == [line.token_ids for line in samples[:3]]
+    assert list(ocr.read([b""] * 3))[2].text is None
+    assert list(ocr.read([])) == []
+
+
+def test_reads_an_endless_stream(ocr: TrOCR) -> None:
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        for path in itertools.cycle(SAMPLES):
+            taken += 1
+            yield path
+
+    lines = ocr.read(endless(), batch_size=4, num_workers=2)
+    first = list(itertools.islice(lines, 6))
+    assert [line.path for line in first] == [str(path) for path in SAMPLES[:6]]
+    assert taken <= 8 + 2 * 2 + 1  # two batches and the look-ahead of the loaders
+    lines.close()
+
+
+def test_a_run_of_bad_pictures_is_told_before_the_stream_ends(ocr: TrOCR) -> None:
+    lines = ocr.read(itertools.repeat(b""), batch_size=2, num_workers=1)
+    assert next(lines).error is not None
+    lines.close()
+
+
+def test_limit_marks_lines_as_truncated(ocr: TrOCR, samples) -> None:
+    for line, cut in zip(samples, ocr.read(SAMPLES, max_new_tokens=3), strict=True):
+        assert cut.token_ids == line.token_ids[:4]
+        assert cut.truncated == (len(line.token_ids) > 4)
+        assert not line.truncated
+
+
+def test_confidence_is_the_mean_log_probability(ocr: TrOCR, samples) -> None:
+    """Against transformers' own scores of the same tokens."""
+    from trocr_fast.verify import Reference
+
+    reference = Reference(BUILTIN, torch.float32, torch.device("cpu"))
+    for path, line in list(zip(SAMPLES, samples, strict=True))[::6]:
+        pixels = ocr.pixel_values([ocr.images.load(path)])
+        tokens = torch.tensor([line.token_ids])
+        with torch.inference_mode():
+            logits = reference.model(pixels, decoder_input_ids=tokens[:, :-1]).logits
+        expected = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).mean().exp().item()
+        assert line.confidence == pytest.approx(expected, rel=1e-4)
+
+
+def test_text_equals_the_processors(samples) -> None:
+    from transformers import TrOCRProcessor
+
+    processor = TrOCRProcessor.from_pretrained(BUILTIN)
+    decoded = processor.batch_decode([line.token_ids for line in samples], skip_special_tokens=True)
+    assert decoded == [line.text for line in samples]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_reads_alike(dtype: str, kind: str, samples) -> None:
+    half = TrOCR.from_pretrained(device="cpu", dtype=dtype, cross_memory=kind)
+    lines = list(half.read(SAMPLES))
+    equal = sum(a.token_ids == b.token_ids for a, b in zip(lines, samples, strict=True))
+    assert equal >= len(samples) * 3 // 4, f"{equal} of {len(samples)} rows as in float32"
+
+
+def test_generate_returns_what_transformers_returns(tmp_path: Path) -> None:
+    model, pixels, _ = lively_reference(Case("A"))
+    ours = _open(save(model, tmp_path))
+    for arguments in ({}, {"max_length": 2}, {"max_new_tokens": 9}, {"max_length": 5, "max_new_tokens": 12},
+                      {"num_beams": 1, "do_sample": False}):  # fmt: skip
+        got, expected = ours.generate(pixels, **arguments), model.generate(pixels, **arguments)
+        assert got.dtype == expected.dtype and torch.equal(got, expected), arguments
+    pad = model.generation_config.pad_token_id
+    assert (ours.generate(pixels)[:, -1] == pad).any()  # rows of different lengths were filled up
+    assert ours.generate(pixels).shape[1] == 21
+    assert ours.generate(pixels[:0]).shape[0] == 0
+
+
+def _open(folder: Path) -> TrOCR:
+    """A folder without a processor of its own, with the built-in one made to fit."""
+    config = json.loads((folder / "config.json").read_text())
+    size = config["encoder"]["image_size"]
+    size = [size, size] if isinstance(size, int) else size
+    settings = json.loads((BUILTIN / "preprocessor_config.json").read_text())
+    settings["size"] = {"height": size[0], "width": size[1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, folder / name)
+    return TrOCR.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_beams": 4}, ValueError, "num_beams: expected .*got 4"),
+        ({"repetition_penalty": 1.3}, ValueError, "repetition_penalty"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        ({"max_length": 1}, ValueError, "max_length=1"),
+        ({"no_such_argument": 1}, TypeError, "no_such_argument"),
+    ],
+)
+def test_generate_never_answers_differently_in_silence(ocr: TrOCR, arguments, error, message: str) -> None:
+    pixels = torch.zeros(1, 3, *ocr.model.config.encoder.image_size)
+    with pytest.raises(error, match=message):
+        ocr.generate(pixels, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(1, 3, 8, 8), r"expected shape \[batch, 3, .*got \[1, 3, 8, 8\]"),
+        (torch.zeros(3, 8, 8), r"got \[3, 8, 8\]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "expected a floating-point tensor.*uint8"),
+        ([[1.0]], "expected a floating-point tensor.*list"),
+    ],
+)
+def test_wrong_pixels_are_named(ocr: TrOCR, pixels, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ocr.generate(pixels)
+
+
+def test_beyond_the_position_table(tmp_path: Path) -> None:
+    ours = _open(save(build(Case("A", decoder={"max_position_embeddings": 8}), 1), tmp_path))
+    pixels = torch.randn(2, 3, 16, 16)
+    assert ours.generate(pixels, max_length=9).shape == (2, 9)  # no end token is set: all rows reach the limit
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        ours.generate(pixels, max_length=10)
+
+
+def test_settings_of_another_search_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 4}))
+    ours = TrOCR.from_pretrained(folder, device="cpu")
+    with pytest.warns(UserWarning, match="num_beams"):
+        list(ours.read(SAMPLES[:1]))
+    with pytest.raises(ValueError, match="num_beams"):
+        ours.generate(torch.zeros(1, 3, *ours.model.config.encoder.image_size))
+
+
+def test_processor_that_does_not_fit_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": 64}))
+    with pytest.raises(CheckpointError, match=r"64x64.*image_size expects"):
+        TrOCR.from_pretrained(folder)
+
+
+def test_without_resizing_other_sizes_are_error_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_resize": False}))
+    ours = TrOCR.from_pretrained(folder, device="cpu")
+    height, width = ours.model.config.encoder.image_size
+    fitting, other = np.full((height, width, 3), 255, np.uint8), np.full((height, width + 1, 3), 255, np.uint8)
+    lines = list(ours.read([other, fitting]))
+    assert "does not resize" in lines[0].error and lines[1].error is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"device": "tpu"}, {"device": "cuda:99"}, {"dtype": "int8"}, {"cross_memory": "both"}, {"dtype": torch.int8}],
+    ids=str,
+)
+def test_unknown_options(options: dict) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(options))}: "):
+        TrOCR.from_pretrained(**options)
+
+
+def test_unknown_counts(ocr: TrOCR) -> None:
+    for options in ({"batch_size": 0}, {"max_new_tokens": 0}, {"num_workers": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            next(ocr.read(SAMPLES, **options))

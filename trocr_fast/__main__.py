@@ -1,0 +1,5 @@
+"""`python -m trocr_fast` is the command `trocr-fast`."""
+
+from trocr_fast.cli import main
+
+main()

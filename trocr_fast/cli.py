@@ -1,0 +1,326 @@
+"""The command `trocr-fast`.
+
+Data goes to stdout (or the file of `-o`), everything else to stderr. Exit status: 0 all done, 1 some pictures failed or
+some rows differ, 2 wrong usage, 3 a dependency is missing, 5 the output can't be written, 130 interrupted.
+
+Only typer is imported here; each command imports what it needs when it runs, so that `--help` is quick.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from trocr_fast.errors import TrocrFastError
+
+if TYPE_CHECKING:
+    from trocr_fast.line import Line
+    from trocr_fast.trocr import TrOCR
+
+FAILED, USAGE, MISSING, UNWRITABLE, INTERRUPTED = 1, 2, 3, 5, 130
+
+app = typer.Typer(
+    name="trocr-fast",
+    help="Read pictures of text lines with TrOCR: transformers' tokens, faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+Format = Literal["text", "jsonl", "csv", "tsv"]
+Device = Literal["auto", "cuda", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CrossMemory = Literal["auto", "kv", "latent"]
+Pixels = Literal["sane", "stock"]
+OnError = Literal["skip", "abort"]
+Existing = Literal["abort", "overwrite"]
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        help="Pictures, folders (searched whole), globs, .txt lists of paths, or - for a list on stdin.",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR_OR_ID", help="Checkpoint folder or hub id; by default the built-in model."),
+]
+RevisionOption = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto is bfloat16 on CUDA, float32 on a CPU.")]
+CrossMemoryOption = Annotated[
+    CrossMemory, typer.Option(help="What is kept of a picture: projected keys and values, or the encoder's output.")
+]
+PixelsOption = Annotated[
+    Pixels, typer.Option(help="stock: literally what the checkpoint's processor does, refusals included.")
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures decoded together.")]
+TokensOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Cut lines after N tokens; by default at the checkpoint's limit.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads that load pictures; by default one a core.")
+]
+MpixelsOption = Annotated[
+    float | None, typer.Option(metavar="X", help="Refuse larger pictures (million pixels; by default 50).")
+]
+BytesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Refuse larger files (by default 64 MiB).")]
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def read(
+    paths: Paths,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write rows here instead of stdout.")
+    ] = None,
+    format: Annotated[Format | None, typer.Option(help="By default by the ending of FILE, else text.")] = None,
+    existing: Annotated[Existing, typer.Option(help="What to do when FILE exists.")] = "abort",
+    on_error: Annotated[OnError, typer.Option(help="What to do at a bad picture.")] = "skip",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    cross_memory: CrossMemoryOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    max_new_tokens: TokensOption = None,
+    pixels: PixelsOption = "sane",
+    max_image_mpixels: MpixelsOption = None,
+    max_file_bytes: BytesOption = None,
+) -> None:
+    """Read pictures of text lines: one row a picture, in the order of the paths."""
+    from trocr_fast.sources import find_pictures
+    from trocr_fast.writers import open_writer
+
+    pictures = find_pictures(paths)  # a wrong path is told before the model is loaded
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels, max_image_mpixels, max_file_bytes)
+    lines = ocr.read(pictures, batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=workers)
+    with _output(output, existing) as stream:
+        num_failed = 0
+        writer = open_writer(format or _format_of(output), stream)
+        try:
+            for line in _progress(lines):
+                writer.write(line)
+                num_failed += line.error is not None
+                if line.error is not None and on_error == "abort":
+                    _note(f"stopped at the first bad picture: {line.path}: {line.error}")
+                    break
+        finally:
+            writer.close()
+    if num_failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def verify(
+    paths: Paths,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of this engine; the reference runs in float32.")] = "float32",
+    cross_memory: CrossMemoryOption = "auto",
+    batch_size: BatchOption = 8,
+    max_new_tokens: TokensOption = None,
+    pixels: PixelsOption = "sane",
+    allow_ties: Annotated[
+        bool, typer.Option("--allow-ties", help="Let rows pass where the reference itself does not decide.")
+    ] = False,
+) -> None:
+    """Compare tokens with transformers, row by row; exit status 0 only if all agree."""
+    from trocr_fast.sources import find_pictures
+    from trocr_fast.verify import Reference, verify
+
+    pictures = list(find_pictures(paths))
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels)
+    import torch
+
+    reference = Reference(ocr.folder, torch.float32, ocr.model.device, ocr.model.config.generation.other)
+    counts = {"equal": 0, "tie": 0, "different": 0, "unreadable": 0}
+    for check in _progress(verify(ocr, reference, pictures, batch_size, max_new_tokens), len(pictures)):
+        if check.equal:
+            counts["equal"] += 1
+        elif check.error is not None:
+            counts["unreadable"] += 1
+            typer.echo(f"{check.path}\tunreadable: {check.error}")
+        elif check.difference is None:
+            counts["different"] += 1
+            typer.echo(f"{check.path}\tequal tokens, different text")
+        else:
+            kind = "tie" if check.difference.is_tie else "different"
+            counts[kind] += 1
+            typer.echo(f"{check.path}\t{kind} {_describe(check.difference)}")
+    compared = len(pictures) - counts["unreadable"]
+    typer.echo(
+        f"{counts['equal']} of {compared} rows equal to transformers, {counts['tie']} ties, "
+        f"{counts['different']} different, {counts['unreadable']} unreadable "
+        f"({ocr.model.cross_memory}, {str(ocr.model.dtype).removeprefix('torch.')}, {ocr.model.device})"
+    )
+    passed = counts["equal"] + (counts["tie"] if allow_ties else 0)
+    if passed < len(pictures) or compared == 0:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def evaluate(
+    paths: Paths,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    cross_memory: CrossMemoryOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    max_new_tokens: TokensOption = None,
+    pixels: PixelsOption = "sane",
+    worst: Annotated[int, typer.Option(min=0, metavar="N", help="Name the N worst lines on stderr.")] = 5,
+    show_lines: Annotated[bool, typer.Option("--lines", help="Print what was read, too, as `read` does.")] = False,
+) -> None:
+    """Character and word error rate against NAME.gt.txt beside each picture, or a labels.csv, .tsv or .jsonl."""
+    from trocr_fast.metrics import LABEL_SUFFIXES, find_truths
+    from trocr_fast.metrics import evaluate as compare
+    from trocr_fast.sources import find_pictures
+    from trocr_fast.writers import open_writer
+
+    found: list[str] = []
+    for path in paths:  # a labels file names its pictures itself
+        found.extend([path] if path.lower().endswith(LABEL_SUFFIXES) else find_pictures([path]))
+    truths = find_truths(map(Path, found))
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels)
+    pictures = [str(truth.path) for truth in truths]
+    lines = ocr.read(pictures, batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=workers)
+    read_lines: list[Line] = []
+    writer = open_writer("text", sys.stdout)
+    for line in _progress(lines, len(pictures)):
+        read_lines.append(line)
+        if show_lines:
+            writer.write(line)
+    writer.close()
+    report = compare([truth.text for truth in truths], read_lines, worst)
+    for wrong in report.worst:
+        found_text = f"unreadable: {wrong.error}" if wrong.text is None else repr(wrong.text)
+        _note(f"{wrong.path}: {wrong.num_edits} edits: expected {wrong.truth!r}, read {found_text}")
+    score = report.score
+    typer.echo(
+        f"CER {score.cer:.2%}  WER {score.wer:.2%}  equal {score.num_equal} of {score.num_lines} lines  "
+        f"unreadable {score.num_errors}  characters {score.num_characters}"
+    )
+    if score.num_errors:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def info(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    cross_memory: CrossMemoryOption = "auto",
+) -> None:
+    """Versions and devices; family, sizes and memory of a checkpoint, and what will run where."""
+    from trocr_fast.info import describe
+
+    for name, value in describe(_load(model, revision, device, dtype, cross_memory, "sane")):
+        typer.echo(f"{name:<24}{value}")
+
+
+def _load(
+    model: str | None,
+    revision: str | None,
+    device: Device,
+    dtype: Dtype,
+    cross_memory: CrossMemory,
+    pixels: Pixels,
+    max_image_mpixels: float | None = None,
+    max_file_bytes: int | None = None,
+) -> "TrOCR":
+    from trocr_fast.trocr import TrOCR
+
+    given = {"max_image_mpixels": max_image_mpixels, "max_file_bytes": max_file_bytes}
+    limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return TrOCR.from_pretrained(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        cross_memory=cross_memory,
+        pixels=pixels,
+        **limits,
+    )
+
+
+def _progress(rows: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    if not sys.stderr.isatty():
+        return iter(rows)
+    from tqdm import tqdm
+
+    return iter(tqdm(rows, total=total, unit="line", file=sys.stderr))
+
+
+def _format_of(output: Path | None) -> str:
+    ending = "" if output is None else output.suffix.removeprefix(".").lower()
+    return ending if ending in ("jsonl", "csv", "tsv") else "text"
+
+
+@contextmanager
+def _output(path: Path | None, existing: Existing) -> Iterator[Any]:
+    if path is None:
+        yield sys.stdout
+        return
+    mode = "w" if existing == "overwrite" else "x"
+    try:
+        stream = open(path, mode, encoding="utf-8", newline="")  # noqa: SIM115
+    except FileExistsError:
+        _stop(UNWRITABLE, f"{path} exists; pass --existing overwrite to replace it")
+    except OSError as error:
+        _stop(UNWRITABLE, f"{path} can't be written: {error.strerror}")
+    with stream:
+        yield stream
+
+
+def _describe(difference: Any) -> str:
+    ours, theirs = difference.our_token, difference.reference_token
+    return (
+        f"at position {difference.position}: ours {ours}, transformers {theirs}, "
+        f"margin {difference.margin:.3g}, noise {difference.noise:.3g}"
+    )
+
+
+def _note(message: str) -> None:
+    typer.echo(f"trocr-fast: {message}", err=True)
+
+
+def _stop(status: int, message: str) -> NoReturn:
+    _note(message)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Entry point: runs a command and turns what the user can mend into one line and an exit status."""
+    warnings.showwarning = lambda message, *rest, **more: _note(f"warning: {message}")
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale says: texts are any script's
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")  # type: ignore[union-attr]
+    try:
+        app()
+    except TrocrFastError as error:
+        _note(str(error))
+        sys.exit(MISSING if isinstance(error, ImportError) else USAGE)
+    except BrokenPipeError:
+        # Who read our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(UNWRITABLE)
+    except OSError as error:
+        _note(f"the output can't be written: {error.strerror or error}")
+        sys.exit(UNWRITABLE)

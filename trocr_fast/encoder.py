@@ -1,0 +1,96 @@
+"""Pixels -> hidden states: the ViT or DeiT encoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trocr_fast import ops
+from trocr_fast.config import EncoderConfig
+
+
+@dataclass(frozen=True)
+class _Layer:
+    norm_before: tuple[Tensor, Tensor]  # weight, bias: [width]
+    qkv: tuple[Tensor, Tensor | None]  # [3 * width, width], [3 * width]
+    out: tuple[Tensor, Tensor]  # [width, width], [width]
+    norm_after: tuple[Tensor, Tensor]
+    fc1: tuple[Tensor, Tensor]  # [intermediate, width], [intermediate]
+    fc2: tuple[Tensor, Tensor]  # [width, intermediate], [width]
+
+
+class Encoder:
+    """A pre-LayerNorm vision transformer, as `ViTModel` and `DeiTModel` of transformers compute it.
+
+    Args:
+        config: its sizes.
+        weights: tensors by their names in the checkpoint (`trocr_fast.weights`), all of one dtype and device.
+    """
+
+    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor]) -> None:
+        self.config = config
+
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            return weights[f"encoder.{name}.weight"], weights[f"encoder.{name}.bias"]
+
+        # The convolution's kernel is as large as its stride, so it is a product of patches with a matrix.
+        projection, self.patch_bias = pair("embeddings.patch_embeddings.projection")
+        self.patch_weight = projection.flatten(1)  # [width, channels * height * width of a patch]
+
+        prefix = [weights["encoder.embeddings.cls_token"]]
+        if config.kind == "deit":
+            prefix.append(weights["encoder.embeddings.distillation_token"])
+        self.prefix = torch.cat(prefix, dim=1)  # [1, 1 or 2, width]
+        self.positions = weights["encoder.embeddings.position_embeddings"]  # [1, tokens, width]
+
+        self.layers = []
+        for index in range(config.num_layers):
+            layer = f"layers.{index}"
+            names = [f"encoder.{layer}.attention.{x}_proj" for x in "qkv"]
+            qkv_weight = torch.cat([weights[f"{name}.weight"] for name in names])
+            qkv_bias = torch.cat([weights[f"{name}.bias"] for name in names]) if config.qkv_bias else None
+            self.layers.append(
+                _Layer(
+                    norm_before=pair(f"{layer}.layernorm_before"),
+                    qkv=(qkv_weight, qkv_bias),
+                    out=pair(f"{layer}.attention.o_proj"),
+                    norm_after=pair(f"{layer}.layernorm_after"),
+                    fc1=pair(f"{layer}.mlp.fc1"),
+                    fc2=pair(f"{layer}.mlp.fc2"),
+                )
+            )
+        self.final_norm = pair("layernorm")
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Encode pictures.
+
+        Args:
+            pixels: floating-point [batch, channels, H, W], normalised, of the config's `image_size`.
+
+        Returns:
+            [batch, num_tokens, hidden_size] in the weights' dtype.
+
+        Raises:
+            ValueError: pixels of another shape.
+        """
+        config = self.config
+        expected = (config.num_channels, *config.image_size)
+        if pixels.dim() != 4 or pixels.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values: expected shape [batch, {', '.join(map(str, expected))}] (channels, height, width), "
+                f"got {list(pixels.shape)}"
+            )
+        patches = ops.pixels_to_patches(pixels.to(self.patch_weight.dtype), config.patch_size)
+        x = ops.linear(patches, self.patch_weight, self.patch_bias)  # [batch, patches, width]
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [batch, tokens, width]
+        x = x + self.positions
+
+        eps = config.layer_norm_eps
+        normed = ops.layernorm(x, *self.layers[0].norm_before, eps)
+        for index, layer in enumerate(self.layers):
+            attended = ops.encoder_attention(ops.linear(normed, *layer.qkv), config.num_heads)
+            x, normed = ops.add_layernorm(ops.linear(attended, *layer.out), x, *layer.norm_after, eps)
+            hidden = ops.linear(normed, *layer.fc1, activation=config.activation)
+            next_norm = self.final_norm if index + 1 == len(self.layers) else self.layers[index + 1].norm_before
+            x, normed = ops.add_layernorm(ops.linear(hidden, *layer.fc2), x, *next_norm, eps)
+        return normed

@@ -1,0 +1,17 @@
+"""The errors a user can meet; each message says what was expected and what came."""
+
+
+class TrocrFastError(Exception):
+    """Base of all errors raised on purpose by trocr_fast."""
+
+
+class CheckpointError(TrocrFastError, ValueError):
+    """A checkpoint folder cannot be run: which file, which field or tensor, what was expected, what was found."""
+
+
+class PictureError(TrocrFastError, ValueError):
+    """One picture cannot be read; the pictures beside it are not touched."""
+
+
+class UsageError(TrocrFastError, ValueError):
+    """The command or function was asked for something that makes no sense; nothing was read or written."""

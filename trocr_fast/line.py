@@ -1,0 +1,24 @@
+"""The result row: what one picture of a text line became."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    """One picture, read or refused. Either `text` or `error` is None.
+
+    path        the picture's path as it was given, undecodable bytes as surrogates (os.fsdecode); None for a
+                picture that came from memory
+    text        the text that was read, special tokens left out; None if the picture could not be read
+    confidence  exp(mean log-probability of the generated tokens), 0 to 1, end of sequence included
+    token_ids   the generated token ids behind `text`, special tokens included
+    truncated   whether the length limit cut the line before its end of sequence
+    error       why the picture could not be read; None if it was
+    """
+
+    path: str | None = None
+    text: str | None = None
+    confidence: float | None = None
+    token_ids: list[int] | None = None
+    truncated: bool = False
+    error: str | None = None

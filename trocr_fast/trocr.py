@@ -1,0 +1,257 @@
+"""The public class: a checkpoint that reads pictures of text lines."""
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trocr_fast import cross_memory as memories
+from trocr_fast.checkpoint import resolve_checkpoint
+from trocr_fast.config import NEUTRAL_GENERATION
+from trocr_fast.errors import CheckpointError, PictureError, UsageError
+from trocr_fast.image_config import ImageConfig
+from trocr_fast.images import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
+from trocr_fast.line import Line
+from trocr_fast.model import Model
+from trocr_fast.text import TextDecoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrOCR:
+    """A loaded TrOCR checkpoint; made by `from_pretrained`.
+
+    Attributes:
+        folder: where the checkpoint lies.
+        model: encoder and decoder (`trocr_fast.model.Model`).
+        images: pictures -> pixels (`trocr_fast.images.ImageProcessor`).
+        text: token ids -> text (`trocr_fast.text.TextDecoder`).
+    """
+
+    def __init__(self, folder: Path, model: Model, images: ImageProcessor, text: TextDecoder) -> None:
+        self.folder = folder
+        self.model = model
+        self.images = images
+        self.text = text
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        cross_memory: str = "auto",
+        pixels: str = "sane",
+        max_image_mpixels: float = DEFAULT_MAX_MPIXELS,
+        max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+    ) -> "TrOCR":
+        """Load a checkpoint.
+
+        Args:
+            model: a folder, a hub id such as "microsoft/trocr-base-printed", or None for the built-in model.
+            revision: branch, tag or commit of a hub id.
+            device: "auto" takes CUDA where there is one.
+            dtype: "float32", "bfloat16", "float16" or a torch.dtype; "auto" is bfloat16 on CUDA, float32 on a CPU.
+            cross_memory: "kv" or "latent" (`trocr_fast.cross_memory`); "auto" is what measured faster.
+            pixels: "sane" or "stock" (`trocr_fast.images`).
+            max_image_mpixels, max_file_bytes: larger pictures are refused.
+
+        Raises:
+            CheckpointError: the checkpoint can't be had, can't be run, or its files disagree.
+            UsageError: an option with an unknown value, or a device that is not there.
+        """
+        chosen_device = _choose_device(device)
+        chosen_dtype = _choose_dtype(dtype, chosen_device)
+        if cross_memory == "auto":
+            cross_memory = "kv"
+        if cross_memory not in memories.KINDS:
+            raise UsageError(f"cross_memory: expected auto, {' or '.join(memories.KINDS)}, got {cross_memory!r}")
+        folder = resolve_checkpoint(model, revision)
+        images = ImageProcessor(ImageConfig.from_folder(folder), pixels, max_image_mpixels, max_file_bytes)
+        text = TextDecoder.from_folder(folder)
+        loaded = Model.load(folder, chosen_device, chosen_dtype, cross_memory)
+        size, expected = images.config.pixel_size, loaded.config.encoder.image_size
+        if size is not None and size != expected:
+            raise CheckpointError(
+                f"{folder}: the picture settings give pixels of {size[0]}x{size[1]} (height x width), "
+                f"config.json's encoder.image_size expects {expected[0]}x{expected[1]}"
+            )
+        return cls(folder, loaded, images, text)
+
+    def read(
+        self,
+        pictures: Iterable[Picture],
+        *,
+        batch_size: int | None = None,
+        max_new_tokens: int | None = None,
+        num_workers: int | None = None,
+    ) -> Iterator[Line]:
+        """Read pictures of text lines, as a stream, in the order in which they come.
+
+        A line is decoded to its end, or to the checkpoint's own length limit, and is then marked `truncated`. A bad
+        picture is a row with `error` set; the pictures beside it are read.
+
+        Args:
+            pictures: paths, bytes, `PIL.Image` pictures or NumPy arrays, mixed at will; may be endless.
+            batch_size: pictures decoded together; by default 16.
+            max_new_tokens: a shorter limit than the checkpoint's.
+            num_workers: threads that load pictures; by default one a core.
+
+        Raises:
+            UsageError: a `batch_size` or `max_new_tokens` below 1.
+        """
+        if batch_size is None:
+            batch_size = 16
+        if batch_size < 1:
+            raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
+        max_length = self.read_max_length(max_new_tokens)
+        if self.model.config.generation.other:
+            warnings.warn(
+                f"{self.folder}: its generation settings {dict(self.model.config.generation.other)} are not "
+                "followed: lines are read by plain greedy search",
+                stacklevel=2,
+            )
+        return self._read(pictures, batch_size, max_length, num_workers)
+
+    def read_max_length(self, max_new_tokens: int | None = None) -> int:
+        """Total length, start token counted, at which `read` cuts a line."""
+        limit = self.model.config.read_max_length
+        if max_new_tokens is None:
+            return limit
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        return min(max_new_tokens + 1, limit)
+
+    def _read(
+        self, pictures: Iterable[Picture], batch_size: int, max_length: int, num_workers: int | None
+    ) -> Iterator[Line]:
+        batch: list[tuple[str | None, np.ndarray | PictureError]] = []
+        num_good = 0
+        for path, pixels in self.load_pictures(pictures, num_workers):
+            batch.append((path, pixels))
+            num_good += not isinstance(pixels, PictureError)
+            # Bad pictures take no place in the batch, but a long run of them must not pile up either.
+            if num_good == batch_size or len(batch) == 16 * batch_size:
+                yield from self._read_batch(batch, max_length)
+                batch, num_good = [], 0
+        yield from self._read_batch(batch, max_length)
+
+    def load_pictures(
+        self, pictures: Iterable[Picture], num_workers: int | None = None
+    ) -> Iterator[tuple[str | None, np.ndarray | PictureError]]:
+        """The path of each picture, if it came by one, and its uint8 pixels [3, H, W] or what is wrong with it."""
+        paths: deque[str | None] = deque()
+
+        def remember() -> Iterator[Picture]:
+            for picture in pictures:
+                paths.append(os.fspath(picture) if isinstance(picture, str | os.PathLike) else None)
+                yield picture
+
+        expected = (3, *self.model.config.encoder.image_size)
+        for pixels in self.images.load_many(remember(), num_workers):
+            if not isinstance(pixels, PictureError) and pixels.shape != expected:  # of a checkpoint with no resizing
+                pixels = PictureError(
+                    f"expected a picture of {expected[2]}x{expected[1]} pixels (width x height), since the "
+                    f"checkpoint does not resize, got {pixels.shape[2]}x{pixels.shape[1]}"
+                )
+            yield paths.popleft(), pixels
+
+    def _read_batch(self, batch: list[tuple[str | None, np.ndarray | PictureError]], max_length: int) -> Iterator[Line]:
+        good = [pixels for _, pixels in batch if not isinstance(pixels, PictureError)]
+        found = self.model.greedy(self.pixel_values(good), max_length) if good else []
+        texts = self.text.batch_decode([hypothesis.tokens for hypothesis in found])
+        read = iter(zip(found, texts, strict=True))
+        for path, pixels in batch:
+            if isinstance(pixels, PictureError):
+                yield Line(path=path, error=str(pixels))
+            else:
+                hypothesis, text = next(read)
+                yield Line(
+                    path=path,
+                    text=text,
+                    confidence=hypothesis.confidence,
+                    token_ids=hypothesis.tokens,
+                    truncated=not hypothesis.ended,
+                )
+
+    def pixel_values(self, pixels: list[np.ndarray]) -> Tensor:
+        """uint8 pictures [3, H, W] -> normalised fp32 [batch, 3, H, W], on the model's device."""
+        return self.images.normalise(torch.from_numpy(np.stack(pixels)).to(self.model.device))
+
+    def generate(
+        self,
+        pixel_values: Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        use_cache: bool | None = None,
+        **settings: object,
+    ) -> Tensor:
+        """Token ids of normalised pictures, as `VisionEncoderDecoderModel.generate` of transformers 5 returns them.
+
+        Lengths default as in transformers: to 20 new tokens, unless the checkpoint says otherwise.
+
+        Args:
+            pixel_values: floating-point [batch, 3, H, W].
+            max_new_tokens, max_length: limits without and with the start token; the first wins.
+            use_cache: matters to the positions of sinusoidal decoders alone; by default the checkpoint's.
+            settings: other arguments of transformers' `generate`, as long as they leave greedy search what it is.
+
+        Returns:
+            int64 [batch, longest], each row from the start token, filled up with the pad token after its end.
+
+        Raises:
+            ValueError: pixels of a wrong shape or dtype, a limit below one new token or beyond the position table
+                if a row gets there, or a setting (an argument or the checkpoint's own) that asks for another search.
+            TypeError: an argument that transformers' `generate` does not have either.
+        """
+        config = self.model.config
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise ValueError(f"pixel_values: expected a floating-point tensor [batch, 3, H, W], got {kind}")
+        for name in settings.keys() - NEUTRAL_GENERATION.keys():
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        for name, value in {**config.generation.other, **settings}.items():
+            if value is not None and value not in NEUTRAL_GENERATION[name]:
+                raise ValueError(
+                    f"{name}: expected a setting of plain greedy search, the only one there is, got {value!r}"
+                )
+
+        limit = config.generation.resolve_max_length(max_new_tokens, max_length)
+        found = self.model.greedy(pixel_values, limit, use_cache)
+        longest = max((len(hypothesis.tokens) for hypothesis in found), default=1)
+        pad = config.generation.pad_token_id
+        # Without an end token nothing ends early, so there is nothing to fill.
+        rows = [h.tokens + [0 if pad is None else pad] * (longest - len(h.tokens)) for h in found]
+        return torch.tensor(rows, dtype=torch.int64, device=self.model.device).view(len(found), longest)
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cuda, cuda:N or cpu, got {device!r}") from None
+    if chosen.type not in ("cuda", "cpu"):
+        raise UsageError(f"device: expected auto, cuda, cuda:N or cpu, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: {device} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise UsageError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
