@@ -123,7 +123,9 @@ def test_a_file_is_no_folder(tmp_path):
     assert str(caught.value) == f"{path}: expected a checkpoint folder (config.json and weights), found a file"
 
 
-@pytest.mark.parametrize("model", ["", " ", "nonsense", "a/b/c", "/no/such/folder", "./a", "../x", "a/..", "a/", "ä ö/x", "a\0b", "x" * 5000])
+@pytest.mark.parametrize(
+    "model", ["", " ", "nonsense", "a/b/c", "/no/such/folder", "./a", "../x", "a/..", "a/", "ä ö/x", "a\0b", "x" * 5000]
+)
 def test_nonsense(model, monkeypatch):
     monkeypatch.setattr("trocr_fast.checkpoint._download", None)  # the network is not even asked
     with pytest.raises(CheckpointError) as caught:
@@ -163,7 +165,9 @@ def test_the_wait_for_an_answer_is_ten_seconds():
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_cached_model_works_offline(cached, form):
     cache, snapshot = cached(form)
-    *found, (other, _) = resolve(cache, [HUB_ID], [HUB_ID, "main"], [HUB_ID, COMMIT], [HUB_ID, "v2"], HF_HUB_OFFLINE="1")
+    *found, (other, _) = resolve(
+        cache, [HUB_ID], [HUB_ID, "main"], [HUB_ID, COMMIT], [HUB_ID, "v2"], HF_HUB_OFFLINE="1"
+    )
     for folder, seconds in found:
         assert folder == str(snapshot) and seconds < 5
     assert says_what_to_do(other)  # another revision is not taken from the cache

@@ -240,7 +240,7 @@ def test_files_that_leave_transformers_without_a_token_are_refused_too(saved, tm
     write(tmp_path, clean(json.loads((source / "config.json").read_text())), generation)
     with pytest.raises(ValueError):
         VisionEncoderDecoderModel.from_pretrained(tmp_path).generate(pixels)
-    with pytest.raises(ValueError, match="decoder_start_token_id|max_length=1 leaves no room"):
+    with pytest.raises(ValueError, match=r"decoder_start_token_id|max_length=1 leaves no room"):
         CheckpointConfig.from_folder(tmp_path).generation.resolve_max_length()
 
 

@@ -1,11 +1,13 @@
 """The published checkpoints themselves: `pytest -m hub`, with a network, some 8 GB of disk and 8 GB of memory.
 
-The first step's logits are those that transformers publishes: in its own tests
-(tests/models/vision_encoder_decoder/test_modeling_vision_encoder_decoder.py) for the base models, and in the script that
-once converted the checkpoints (convert_trocr_unilm_to_pytorch.py) for the large ones.
+The first step's logits are those that transformers publishes: for the base models in its own tests
+(tests/models/vision_encoder_decoder/test_modeling_vision_encoder_decoder.py), for the large ones in the script that
+once converted the checkpoints (convert_trocr_unilm_to_pytorch.py).
 """
 
+import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,9 @@ DATASET = "hf-internal-testing/fixtures_ocr"
 WORD, RECEIPT = "iam_picture.jpeg", "SROIE-receipt.jpeg"  # one handwritten word; a whole printed receipt
 LINE = "https://fki.tic.heia-fr.ch/static/img/a01-122-02.jpg"  # a line of the IAM handwriting database
 
-# (model, picture, first ten logits of the first step, tolerance). The receipt is ten times smaller as the model sees it,
-# and its logits move by 1e-2 with the version of Pillow (or the backend) that made it so: transformers has published
-# three rows for base-printed so far. A word is enlarged, which all versions do alike.
+# (model, picture, first ten logits of the first step, tolerance). The receipt is shrunk on its way to the model, and
+# its logits move by 1e-2 with the version of Pillow, or the backend, that does it: transformers has published three
+# rows for base-printed so far, and one for the word.
 PUBLISHED = [
     (
         "microsoft/trocr-base-handwritten",
@@ -62,23 +64,26 @@ FAMILIES = {
 }
 
 
-def fixture_picture(name: str) -> Image.Image:
+@cache  # also of failures: the hub client tries for half a minute
+def fetch(name: str) -> Image.Image | str:
+    """A picture, or why it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(DATASET, name, repo_type="dataset")
-    except LocalEntryNotFoundError as error:  # neither the hub nor the cache has it; that it is gone would be another
-        pytest.skip(f"the Hugging Face hub is out of reach: {str(error).splitlines()[0]}")
-    return Image.open(path).convert("RGB")
+        if name == LINE:
+            with urllib.request.urlopen(LINE, timeout=20) as answer:
+                return Image.open(answer).convert("RGB")
+        return Image.open(hf_hub_download(DATASET, name, repo_type="dataset")).convert("RGB")
+    except (urllib.error.URLError, TimeoutError, LocalEntryNotFoundError) as error:
+        return f"{name} is out of reach: {str(error).splitlines()[0]}"
 
 
-def line_picture() -> Image.Image:
-    try:
-        with urllib.request.urlopen(LINE, timeout=20) as answer:
-            return Image.open(answer).convert("RGB")
-    except OSError as error:
-        pytest.skip(f"{LINE} is out of reach: {error}")
+def picture_or_skip(name: str) -> Image.Image:
+    picture = fetch(name)
+    if isinstance(picture, str):
+        pytest.skip(picture)
+    return picture
 
 
 def pixel_values(folder: Path, picture: Image.Image) -> torch.Tensor:
@@ -89,7 +94,7 @@ def pixel_values(folder: Path, picture: Image.Image) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "picture", "expected", "tolerance"), PUBLISHED, ids=[row[0] for row in PUBLISHED])
 @torch.inference_mode()
 def test_first_logits_are_the_published_ones(name, picture, expected, tolerance):
-    image = fixture_picture(picture)
+    image = picture_or_skip(picture)
     folder = resolve_checkpoint(name)
     model = Model.load(folder, CPU, torch.float32)
     generation, decoder = model.config.generation, model.decoder
@@ -100,12 +105,12 @@ def test_first_logits_are_the_published_ones(name, picture, expected, tolerance)
     torch.testing.assert_close(logits[0, :10], torch.tensor(expected), rtol=1e-4, atol=tolerance)
 
 
-@pytest.mark.parametrize("picture", [WORD, RECEIPT, "line"])
+@pytest.mark.parametrize("picture", [WORD, RECEIPT, LINE], ids=["word", "receipt", "line"])
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_every_family_gives_the_tokens_of_transformers(name, picture):
     from transformers import VisionEncoderDecoderModel
 
-    image = line_picture() if picture == "line" else fixture_picture(picture)
+    image = picture_or_skip(picture)
     folder = resolve_checkpoint(name)
     pixels = pixel_values(folder, image)
     reference = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -117,7 +122,7 @@ def test_every_family_gives_the_tokens_of_transformers(name, picture):
 
 
 def test_the_line_is_read():
-    image = line_picture()
+    image = picture_or_skip(LINE)
     folder = resolve_checkpoint(FAMILIES["A"])
     model = Model.load(folder, CPU, torch.float32)
     (found,) = model.greedy(pixel_values(folder, image), model.config.read_max_length)

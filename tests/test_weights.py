@@ -1,4 +1,4 @@
-"""Weight files: every form gives transformers' tokens, and what is damaged or hostile is refused by name, at no cost."""
+"""Weight files: every form gives transformers' tokens; what is damaged or hostile is refused by name, at no cost."""
 
 import json
 import os
@@ -367,7 +367,12 @@ def test_random_bytes(folder, name):
     before = load(folder)
     for seed in range(40):
         noise = random.Random(seed).randbytes(seed * 13)
-        for start in (b"", b"\x80\x02", b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # pickle, zip, old torch
+        for start in (
+            b"",
+            b"\x80\x02",
+            b"PK\x03\x04",
+            b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+        ):  # pickle, zip, old torch
             replace_weights(folder, **{name: start + noise})
             assert is_refused_or_equal(folder, before, "random")
 
@@ -496,7 +501,8 @@ def test_tensors_whose_values_are_not_all_in_the_file(folder, tensor):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\0b", "x" * 5000, 3, None, []]
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\0b", "x" * 5000, 3, None, []],
 )
 def test_shards_anywhere_but_beside_the_index(folder, name):
     shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trocr_fast.errors import CheckpointError
 from trocr_fast.json_fields import MAX_DIMENSION, Fields, read_json
 
 # Names in transformers' ACT2FN that this engine computes, and the operation that computes them.

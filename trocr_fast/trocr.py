@@ -210,14 +210,14 @@ class TrOCR:
         Raises:
             ValueError: pixels of a wrong shape or dtype, a limit below one new token or beyond the position table
                 if a row gets there, or a setting (an argument or the checkpoint's own) that asks for another search.
-            TypeError: an argument that transformers' `generate` does not have either.
+            TypeError: an argument that this greedy search does not take, known to transformers or not.
         """
         config = self.model.config
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise ValueError(f"pixel_values: expected a floating-point tensor [batch, 3, H, W], got {kind}")
         for name in settings.keys() - NEUTRAL_GENERATION.keys():
-            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"generate() takes no argument {name!r}; it searches greedily and returns token ids alone")
         for name, value in {**config.generation.other, **settings}.items():
             if value is not None and value not in NEUTRAL_GENERATION[name]:
                 raise ValueError(

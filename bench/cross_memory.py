@@ -1,0 +1,101 @@
+"""kv against latent cross memory: `python -m bench.cross_memory [CHECKPOINT_CONFIG_FOLDER...]`.
+
+For each configuration (by default the built-in one and those of tests/checkpoints, random weights): the time to make
+the memory of a batch from its encoder states, the time of one decode step, and what both add up to for lines of 20
+tokens. The two take turns, so that a machine that slows down slows both. Writes bench/results/cross_memory.json.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import report
+from trocr_fast.checkpoint import BUILTIN
+from trocr_fast.config import CheckpointConfig
+from trocr_fast.cross_memory import KINDS, make_cross_memory
+from trocr_fast.decoder import Decoder
+from trocr_fast.weights import expected_shapes
+
+TOKENS = 20
+ROUNDS = 5
+
+
+def random_decoder(config: CheckpointConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder of this configuration; its speed does not depend on its weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: shape for name, shape in expected_shapes(config).items() if name.startswith("decoder.")}
+    weights = {name: (torch.randn(s, generator=generator) * 0.02).to(dtype) for name, s in shapes.items()}
+    return Decoder(config.decoder, weights)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(config: CheckpointConfig, dtype: torch.dtype, batch: int) -> dict[str, dict[str, float]]:
+    """Median seconds by kind of memory."""
+    decoder = random_decoder(config, dtype)
+    states = torch.randn(batch, config.encoder.num_tokens, config.decoder.cross_width).to(dtype)
+    positions = decoder.positions(count_pads=True)
+    tokens = torch.full((batch,), 5)
+    times: dict[str, dict[str, list[float]]] = {kind: {"make": [], "step": []} for kind in KINDS}
+    megabytes = {}
+    for _ in range(ROUNDS):
+        for kind in KINDS:
+            memory = make_cross_memory(kind, states, decoder.cross_weights)
+            megabytes[kind] = memory.num_bytes / 1e6
+            state = decoder.start(batch)
+
+            def step(state: Any = state, memory: Any = memory) -> Tensor:
+                return decoder.step(tokens, state, memory, positions)
+
+            times[kind]["make"].append(
+                seconds(lambda kind=kind: make_cross_memory(kind, states, decoder.cross_weights))  # type: ignore[misc]
+            )
+            step()  # the first touches new memory
+            times[kind]["step"].append(min(seconds(step) for _ in range(4)))
+    found = {}
+    for kind in KINDS:
+        make, step_time = (statistics.median(times[kind][part]) for part in ("make", "step"))
+        found[kind] = {
+            "make_s": round(make, 5),
+            "step_s": round(step_time, 5),
+            f"line_of_{TOKENS}_tokens_s": round((make + TOKENS * step_time) / batch, 5),
+            "megabytes_a_line": round(megabytes[kind], 3),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path)
+    folders = parser.parse_args().folders
+    folders = folders or [BUILTIN, *sorted((report.ROOT / "tests" / "checkpoints").iterdir())]
+    rows = []
+    print(f"{'configuration':<18}{'dtype':<10}{'batch':>5}  {'memory':<7}{'make ms':>9}{'step ms':>9}{'ms a line':>10}")
+    for folder in folders:
+        config = CheckpointConfig.from_folder(folder)
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch in (1, 8):
+                found = measure(config, dtype, batch)
+                name = str(dtype).removeprefix("torch.")
+                rows.append({"configuration": folder.name, "dtype": name, "batch": batch, **found})
+                for kind, times in found.items():
+                    print(
+                        f"{folder.name:<18}{name:<10}{batch:>5}  {kind:<7}{1e3 * times['make_s']:>9.1f}"
+                        f"{1e3 * times['step_s']:>9.1f}{1e3 * times[f'line_of_{TOKENS}_tokens_s']:>10.1f}"
+                    )
+    print(f"written to {report.write('cross_memory', rows).relative_to(report.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
