@@ -13,7 +13,7 @@ read: $(READY)  ## read the sample pictures with the built-in model, and compare
 	@$(BIN)/trocr-fast evaluate --lines examples/lines
 
 test: $(READY)  ## everything that is not slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY)  ## the real configurations at full size
 	$(BIN)/python -m pytest -m slow

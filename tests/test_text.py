@@ -6,9 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,34 +49,11 @@ def piece_model() -> bytes:
     return model.getvalue()
 
 
-def _without_protobuf(self: Any, path: str) -> None:
-    """transformers' reading of a .model, where protobuf is not installed; all that follows stays theirs."""
-    model = sentencepiece.SentencePieceProcessor(model_file=path)
-    kind = {True: 3, False: 1}
-    pieces = [
-        SimpleNamespace(piece=model.id_to_piece(i), score=model.get_score(i), type=kind[model.is_control(i)])
-        for i in range(model.get_piece_size())
-    ]
-    for piece in pieces:
-        if piece.piece == "<line>":
-            piece.type = 4  # user-defined: the one type that sentencepiece's Python interface does not tell
-    spec = SimpleNamespace(unk_id=model.unk_id(), model_type=1)
-    self.proto = SimpleNamespace(pieces=pieces, trainer_spec=spec, normalizer_spec=SimpleNamespace())
-
-
 @pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
-    from transformers import AutoTokenizer, convert_slow_tokenizer
+def reference() -> Callable[[Path], Any]:
+    from transformers import AutoTokenizer
 
-    try:
-        import_module("google.protobuf")
-    except ImportError:
-        monkeypatch.setattr(convert_slow_tokenizer.SentencePieceExtractor, "__init__", _without_protobuf)
-
-    def load(folder: Path) -> Any:
-        return AutoTokenizer.from_pretrained(folder)
-
-    return load
+    return AutoTokenizer.from_pretrained
 
 
 def _write(folder: Path, files: dict[str, Any]) -> Path:

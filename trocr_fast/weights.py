@@ -80,7 +80,8 @@ def load_weights(
     weights = {}
     for name in expected:
         if name in stored:
-            weights[name] = stored[name].read().to(device=device, dtype=dtype)
+            # A copy: what is read may be mapped, and a file that is replaced must not change a model that runs.
+            weights[name] = stored[name].read().to(device=device, dtype=dtype, copy=True)
             if not torch.isfinite(weights[name]).all():  # a finite value can be beyond a narrower dtype
                 raise CheckpointError(
                     f"{stored[name].file}: tensor '{stored[name].name}': expected values that are finite in "

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
-from tests.parity.models import cut, finish, pictures
+from tests.parity.models import cut, finish
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.model import Model
 
@@ -18,7 +19,9 @@ MAX_LENGTH = 16
 
 def build(name: str) -> VisionEncoderDecoderModel:
     fields = json.loads((CHECKPOINTS / name / "config.json").read_text())
-    fields["encoder"]["initializer_range"], fields["decoder"]["init_std"] = 0.15, 0.15
+    # Larger than what training starts from, so that tokens depend on the picture; at 0.15 already the reference's own
+    # rounding error grows to 2e-3 through the encoder of base, and its tokens mean nothing.
+    fields["encoder"]["initializer_range"], fields["decoder"]["init_std"] = 0.08, 0.08
     torch.manual_seed(0)
     model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(**fields))
     generation = json.loads((CHECKPOINTS / name / "generation_config.json").read_text())
@@ -28,11 +31,16 @@ def build(name: str) -> VisionEncoderDecoderModel:
     with torch.no_grad():
         decoder.embed_tokens.weight /= decoder.embed_tokens.embed_scale
         for parameter_name, parameter in decoder.named_parameters():
-            if parameter_name.endswith("encoder_attn.out_proj.weight"):
-                parameter *= 4
-            elif parameter_name.startswith("embed_positions"):
+            if parameter_name.startswith("embed_positions"):
                 parameter *= 3
     return model
+
+
+def smooth_pictures(model: VisionEncoderDecoderModel) -> Tensor:
+    """Random patterns of large patches; noise looks alike to a full-size encoder, which averages over it."""
+    size = model.config.encoder.image_size
+    coarse = torch.randn(NUM_PICTURES, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
 
 
 def choose_eos(rows: list[list[int]]) -> int:
@@ -48,10 +56,11 @@ def test_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(torch.get_num_threads() if torch.get_num_threads() > 1 else 2)
     try:
         reference = build(name)
-        pixels = pictures(reference, NUM_PICTURES, 0)
+        pixels = smooth_pictures(reference)
         endless = reference.generate(pixels, max_length=MAX_LENGTH).tolist()
         eos = choose_eos(endless)
         expected = [cut(row, eos) for row in endless]  # what transformers gives with this end token
+        print(name, expected)
         assert 2 * len({tuple(row) for row in expected}) >= NUM_PICTURES, expected
         assert len({len(row) for row in expected}) >= 2, expected
         reference.generation_config.eos_token_id = eos

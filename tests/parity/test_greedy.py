@@ -68,7 +68,7 @@ SPECIAL_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", SPECIAL_CASES + product_cases(48), ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES + product_cases(36), ids=str)
 def test_tokens_equal_transformers(case: Case, tmp_path: Path) -> None:
     reference, pixels, eos = lively_reference(case)
     expected = [cut(row, eos) for row in reference.generate(pixels, max_length=MAX_LENGTH).tolist()]
