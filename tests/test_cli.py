@@ -1,12 +1,15 @@
 """The command as people type it: a process, its output streams and its exit status."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -111,6 +114,43 @@ def test_full_disk() -> None:
     assert "output can't be written" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_reader_that_has_gone() -> None:
+    command = [sys.executable, "-m", "trocr_fast", "read", *map(str, SAMPLES)]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+    finally:
+        os.close(write_end)
+    assert done.returncode == 5 and done.stderr == ""
+
+
+def test_closed_streams() -> None:
+    shell = f"exec '{sys.executable}' -m trocr_fast read '{SAMPLES[0]}' "
+    for closed in (">&-", "2>&-"):
+        assert subprocess.run(["sh", "-c", shell + closed], env=ENVIRONMENT, cwd=ROOT).returncode == 0
+
+
+def test_over_long_line_of_a_list_is_one_error_row() -> None:
+    done = trocr_fast("read", "-", "--format", "jsonl", stdin=f"{SAMPLES[0]}\n{'x' * 200_000}\n{SAMPLES[1]}\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert ["error" in row for row in rows] == [False, True, False]
+    assert rows[2]["path"] == str(SAMPLES[1])
+
+
+def test_progress_bar_on_a_terminal_leaves_rows_whole() -> None:
+    main, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a bar has to have a width
+    command = [sys.executable, "-m", "trocr_fast", "read", *map(str, SAMPLES[:3])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=ENVIRONMENT, cwd=ROOT)
+    os.close(terminal)
+    shown = os.read(main, 10_000).decode()
+    os.close(main)
+    assert "line/s" in shown
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(s) for s in SAMPLES[:3]]
+
+
 def test_list_on_stdin() -> None:
     done = trocr_fast("read", "-", stdin="\n".join(map(str, SAMPLES[:2])))
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(s) for s in SAMPLES[:2]]
@@ -127,7 +167,11 @@ def test_list_on_stdin() -> None:
         (["read", SAMPLES[0], "--model", "no_such_folder"], "no_such_folder"),
         (["read", SAMPLES[0], "--model", "nobody/no-such-model"], "nobody/no-such-model"),
         (["read", SAMPLES[0], "--model", LINES], "config.json"),
+        (["read", SAMPLES[0], "--max-image-mpixels", "0"], "max_image_mpixels"),
+        (["read", SAMPLES[0], "--picture-format", "DOC"], "formats"),
+        (["read", SAMPLES[0], "--revision", "main"], "revision"),
         (["evaluate", ROOT / "tests" / "checkpoints"], "pictures"),
+        (["evaluate", ""], "no truth"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

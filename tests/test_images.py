@@ -421,10 +421,10 @@ def test_bombs_are_refused_by_their_header(size, action):
 def test_limits_are_options():
     image = noise(10, 10)
     data = encode(image, "PNG")
-    assert "got 10 x 10 pixels" in refusal(data, max_mpixels=99e-6)
-    assert "got 10 x 10 pixels" in refusal(image, max_mpixels=99e-6)
-    assert "got 10 x 10 pixels" in refusal(np.asarray(image), max_mpixels=99e-6)
-    assert processor(SMALL, max_mpixels=100e-6).load(data).shape == (3, 8, 12)
+    assert "got 10 x 10 pixels" in refusal(data, max_image_mpixels=99e-6)
+    assert "got 10 x 10 pixels" in refusal(image, max_image_mpixels=99e-6)
+    assert "got 10 x 10 pixels" in refusal(np.asarray(image), max_image_mpixels=99e-6)
+    assert processor(SMALL, max_image_mpixels=100e-6).load(data).shape == (3, 8, 12)
     assert f"at most {len(data) - 1} bytes" in refusal(data, max_file_bytes=len(data) - 1)
     assert processor(SMALL, max_file_bytes=len(data)).load(data).shape == (3, 8, 12)
 
@@ -451,9 +451,9 @@ def test_formats_outside_the_list_are_not_opened(monkeypatch):
     "options",
     [
         {"pixels": "fancy"},
-        {"max_mpixels": 0},
-        {"max_mpixels": float("nan")},
-        {"max_mpixels": 1000},  # Pillow would refuse first
+        {"max_image_mpixels": 0},
+        {"max_image_mpixels": float("nan")},
+        {"max_image_mpixels": 1000},  # Pillow would refuse first
         {"max_file_bytes": 0},
         {"formats": []},
         {"formats": "PNG"},
@@ -670,3 +670,27 @@ print([name for name in ("torch", "transformers", "torchvision") if name in sys.
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_one_lazily_opened_image_in_many_hands() -> None:
+    """Pillow reads an opened file at its first use; two threads that do so at once break each other's reading."""
+    data = io.BytesIO()
+    Image.effect_noise((900, 90), 80).convert("RGB").save(data, "PNG")
+    reader = processor(SMALL)
+    expected = reader.load(data.getvalue())
+    for _ in range(20):
+        image = Image.open(io.BytesIO(data.getvalue()))
+        for got in reader.load_many([image] * 4, num_workers=4):
+            assert isinstance(got, np.ndarray), got
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_pictures_before_a_failing_source_are_given() -> None:
+    def failing():
+        yield from [b"", b""]
+        raise RuntimeError("the source broke")
+
+    given = processor(SMALL).load_many(failing(), num_workers=4)
+    assert [type(next(given)), type(next(given))] == [PictureError, PictureError]
+    with pytest.raises(RuntimeError, match="the source broke"):
+        next(given)

@@ -91,7 +91,7 @@ def test_confidence_is_the_mean_log_probability(ocr: TrOCR, samples) -> None:
     """Against transformers' own scores of the same tokens."""
     from trocr_fast.verify import Reference
 
-    reference = Reference(BUILTIN, torch.float32, torch.device("cpu"))
+    reference = Reference(BUILTIN, torch.device("cpu"))
     for path, line in list(zip(SAMPLES, samples, strict=True))[::6]:
         pixels = ocr.pixel_values([ocr.images.load(path)])
         tokens = torch.tensor([line.token_ids])
@@ -217,7 +217,17 @@ def test_without_resizing_other_sizes_are_error_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"device": "tpu"}, {"device": "cuda:99"}, {"dtype": "int8"}, {"cross_memory": "both"}, {"dtype": torch.int8}],
+    [
+        {"device": "tpu"},
+        {"device": "cuda:99"},
+        {"dtype": "int8"},
+        {"dtype": torch.int8},
+        {"cross_memory": "both"},
+        {"pixels": "raw"},
+        {"max_image_mpixels": 0},
+        {"max_file_bytes": 0},
+        {"formats": ["DOC"]},
+    ],
     ids=str,
 )
 def test_unknown_options(options: dict) -> None:
@@ -227,5 +237,79 @@ def test_unknown_options(options: dict) -> None:
 
 def test_unknown_counts(ocr: TrOCR) -> None:
     for options in ({"batch_size": 0}, {"max_new_tokens": 0}, {"num_workers": 0}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            next(ocr.read(SAMPLES, **options))
+        with pytest.raises(UsageError, match=next(iter(options))):
+            ocr.read(SAMPLES, **options)
+
+
+@pytest.mark.parametrize("one", ["a.png", b"x", Path("a.png"), Image.new("RGB", (4, 4)), np.zeros((4, 4, 3), np.uint8)])
+def test_one_picture_is_no_iterable_of_pictures(ocr: TrOCR, one) -> None:
+    with pytest.raises(UsageError, match=r"pictures: expected an iterable.*put it in a list"):
+        ocr.read(one)
+
+
+def test_rows_before_a_failing_source_are_read(ocr: TrOCR, samples) -> None:
+    def failing():
+        yield from SAMPLES[:5]
+        raise RuntimeError("the source broke")
+
+    lines = ocr.read(failing(), batch_size=4)
+    assert [next(lines).token_ids for _ in range(5)] == [line.token_ids for line in samples[:5]]
+    with pytest.raises(RuntimeError, match="the source broke"):
+        next(lines)
+
+
+def test_odd_paths_are_rows(ocr: TrOCR, samples) -> None:
+    class BytesPath:
+        def __fspath__(self) -> bytes:
+            return bytes(SAMPLES[0])
+
+    class BadPath:
+        def __fspath__(self) -> str:
+            raise RuntimeError("no path today")
+
+    good, bad, after = ocr.read([BytesPath(), BadPath(), SAMPLES[1]])
+    assert good.path == str(SAMPLES[0]) and good.token_ids == samples[0].token_ids
+    assert bad.path is None and bad.error
+    assert after.token_ids == samples[1].token_ids
+
+
+def test_scores_that_are_no_numbers_are_error_rows(samples) -> None:
+    broken = TrOCR.from_pretrained(device="cpu")
+    broken.model.decoder.head[7] = torch.nan
+    lines = list(broken.read(SAMPLES[:2]))
+    assert all(line.text is None and "finite" in line.error for line in lines)
+    with pytest.raises(ValueError, match="finite"):
+        broken.generate(torch.zeros(1, 3, *broken.model.config.encoder.image_size))
+
+
+def test_arguments_that_greedy_search_ignores(ocr: TrOCR) -> None:
+    pixels = ocr.pixel_values([ocr.images.load(SAMPLES[0])])
+    plain = ocr.generate(pixels)
+    ignored = {"temperature": 0.5, "top_k": 3, "length_penalty": 2.0, "early_stopping": True, "output_scores": False}
+    assert torch.equal(ocr.generate(pixels, **ignored), plain)
+    with pytest.raises(ValueError, match=r"output_scores: .*got True"):
+        ocr.generate(pixels, output_scores=True)
+
+
+def test_position_rule_can_be_chosen_by_call(tmp_path: Path) -> None:
+    """A pad token as start makes the two rules of sinusoidal positions differ."""
+    model, pixels, _ = lively_reference(Case("B", start=1, use_cache=False))
+    ours = _open(save(model, tmp_path))
+    rows = {}
+    for use_cache in (True, False):
+        rows[use_cache] = ours.generate(pixels, use_cache=use_cache)
+        assert torch.equal(rows[use_cache], model.generate(pixels, use_cache=use_cache))
+    assert not torch.equal(rows[True], rows[False])
+    assert torch.equal(ours.generate(pixels), rows[False])  # the checkpoint's own
+
+
+def test_revision_is_for_hub_ids_alone() -> None:
+    for model in (None, BUILTIN):
+        with pytest.raises(UsageError, match=r"revision: .*'main'"):
+            TrOCR.from_pretrained(model, revision="main")
+
+
+def test_formats_can_be_narrowed() -> None:
+    only_jpeg = TrOCR.from_pretrained(device="cpu", formats=["JPEG"])
+    jpeg, png = only_jpeg.read([LINES / "hello.jpg", LINES / "total.png"])
+    assert jpeg.error is None and "JPEG" in png.error

@@ -1,11 +1,12 @@
 """`verify` finds what differs, says where and how sure the reference was, and tells ties apart."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from trocr_fast import TrOCR
+from trocr_fast import CheckpointError, TrOCR
 from trocr_fast.checkpoint import BUILTIN
 from trocr_fast.verify import Difference, Reference, compare_row, verify
 
@@ -15,7 +16,7 @@ SAMPLES = sorted(path for path in LINES.iterdir() if path.suffix != ".txt")[:8]
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    return Reference(BUILTIN, torch.float32, torch.device("cpu"))
+    return Reference(BUILTIN, torch.device("cpu"))
 
 
 def test_equal_rows_and_unreadable_ones(reference: Reference) -> None:
@@ -48,14 +49,19 @@ def test_a_difference_is_judged_at_its_first_position(reference: Reference) -> N
     best, second = logits.topk(2).values.tolist()
     assert (found.position, found.our_token, found.reference_token) == (3, ours[3], theirs[3])
     assert found.margin == pytest.approx(best - second, abs=1e-3)
+    assert found.gap == pytest.approx(best - logits[ours[3]].item(), abs=1e-3) and found.gap > found.margin
     shorter = compare_row(reference, pixels[0], theirs[:4], theirs)
     assert (shorter.position, shorter.our_token, shorter.reference_token) == (4, None, theirs[4])
 
 
 def test_what_counts_as_a_tie() -> None:
-    assert Difference(1, 2, 3, margin=2e-6, noise=1e-6).is_tie
-    assert not Difference(1, 2, 3, margin=3e-6, noise=1e-6).is_tie
-    assert not Difference(1, 2, 3, margin=1e-9, noise=0).is_tie
+    assert Difference(1, 2, 3, margin=2e-6, gap=2e-6, noise=1e-6).is_tie
+    assert not Difference(1, 2, 3, margin=3e-6, gap=3e-6, noise=1e-6).is_tie
+    assert not Difference(1, 2, 3, margin=1e-9, gap=1e-9, noise=0).is_tie
+    # The two best are as good as equal, but ours is neither of them.
+    assert not Difference(1, 2, 3, margin=1e-9, gap=5.0, noise=1e-6).is_tie
+    # The reference itself takes another way in a batch of 8.
+    assert Difference(1, 2, 3, margin=math.nan, gap=math.nan, noise=math.inf).is_tie
 
 
 def test_other_text_for_equal_tokens_is_told(reference: Reference) -> None:
@@ -68,3 +74,10 @@ def test_other_text_for_equal_tokens_is_told(reference: Reference) -> None:
     ocr.text = Shouting()
     [check] = verify(ocr, reference, SAMPLES[:1], batch_size=1)
     assert check.difference is None and check.texts_differ and not check.equal
+
+
+def test_a_checkpoint_that_transformers_cannot_load_is_told(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((BUILTIN / name).read_bytes())
+    with pytest.raises(CheckpointError, match="transformers loads too"):
+        Reference(tmp_path, torch.device("cpu"))

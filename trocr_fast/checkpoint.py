@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from threading import Thread
 
-from trocr_fast.errors import CheckpointError
+from trocr_fast.errors import CheckpointError, UsageError
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -22,7 +22,10 @@ def resolve_checkpoint(model: str | Path | None = None, revision: str | None = N
 
     Raises:
         CheckpointError: there is no such folder, or the hub does not give the files; says what to do.
+        UsageError: a revision of something that is not on the hub.
     """
+    if revision is not None and (model is None or os.path.isdir(model)):
+        raise UsageError(f"revision: expected none but with a hub id, got {revision!r}")
     if model is None:
         return BUILTIN
     if os.path.isdir(model):  # unlike Path's, takes any string, and "" is no folder

@@ -73,6 +73,12 @@ MpixelsOption = Annotated[
     float | None, typer.Option(metavar="X", help="Refuse larger pictures (million pixels; by default 50).")
 ]
 BytesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Refuse larger files (by default 64 MiB).")]
+FormatsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--picture-format", metavar="NAME", help="Read this format alone (again for more), such as PNG or JPEG."
+    ),
+]
 
 
 @app.callback()
@@ -100,13 +106,15 @@ def read(
     pixels: PixelsOption = "sane",
     max_image_mpixels: MpixelsOption = None,
     max_file_bytes: BytesOption = None,
+    picture_format: FormatsOption = None,
 ) -> None:
     """Read pictures of text lines: one row a picture, in the order of the paths."""
     from trocr_fast.sources import find_pictures
     from trocr_fast.writers import open_writer
 
     pictures = find_pictures(paths)  # a wrong path is told before the model is loaded
-    ocr = _load(model, revision, device, dtype, cross_memory, pixels, max_image_mpixels, max_file_bytes)
+    limits = _limits(max_image_mpixels, max_file_bytes, picture_format)
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels, limits)
     lines = ocr.read(pictures, batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=workers)
     with _output(output, existing) as stream:
         num_failed = 0
@@ -135,6 +143,9 @@ def verify(
     batch_size: BatchOption = 8,
     max_new_tokens: TokensOption = None,
     pixels: PixelsOption = "sane",
+    max_image_mpixels: MpixelsOption = None,
+    max_file_bytes: BytesOption = None,
+    picture_format: FormatsOption = None,
     allow_ties: Annotated[
         bool, typer.Option("--allow-ties", help="Let rows pass where the reference itself does not decide.")
     ] = False,
@@ -142,26 +153,26 @@ def verify(
     """Compare tokens with transformers, row by row; exit status 0 only if all agree."""
     from trocr_fast.sources import find_pictures
     from trocr_fast.verify import Reference, verify
+    from trocr_fast.writers import escape
 
     pictures = list(find_pictures(paths))
-    ocr = _load(model, revision, device, dtype, cross_memory, pixels)
-    import torch
-
-    reference = Reference(ocr.folder, torch.float32, ocr.model.device, ocr.model.config.generation.other)
+    limits = _limits(max_image_mpixels, max_file_bytes, picture_format)
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels, limits)
+    reference = Reference(ocr.folder, ocr.model.device, ocr.model.config.generation.other)
     counts = {"equal": 0, "tie": 0, "different": 0, "unreadable": 0}
     for check in _progress(verify(ocr, reference, pictures, batch_size, max_new_tokens), len(pictures)):
         if check.equal:
             counts["equal"] += 1
         elif check.error is not None:
             counts["unreadable"] += 1
-            typer.echo(f"{check.path}\tunreadable: {check.error}")
+            typer.echo(f"{escape(check.path or '')}\tunreadable: {check.error}")
         elif check.difference is None:
             counts["different"] += 1
-            typer.echo(f"{check.path}\tequal tokens, different text")
+            typer.echo(f"{escape(check.path or '')}\tequal tokens, different text")
         else:
             kind = "tie" if check.difference.is_tie else "different"
             counts[kind] += 1
-            typer.echo(f"{check.path}\t{kind} {_describe(check.difference)}")
+            typer.echo(f"{escape(check.path or '')}\t{kind} {_describe(check.difference)}")
     compared = len(pictures) - counts["unreadable"]
     typer.echo(
         f"{counts['equal']} of {compared} rows equal to transformers, {counts['tie']} ties, "
@@ -185,20 +196,25 @@ def evaluate(
     workers: WorkersOption = None,
     max_new_tokens: TokensOption = None,
     pixels: PixelsOption = "sane",
+    max_image_mpixels: MpixelsOption = None,
+    max_file_bytes: BytesOption = None,
+    picture_format: FormatsOption = None,
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Name the N worst lines on stderr.")] = 5,
     show_lines: Annotated[bool, typer.Option("--lines", help="Print what was read, too, as `read` does.")] = False,
 ) -> None:
     """Character and word error rate against NAME.gt.txt beside each picture, or a labels.csv, .tsv or .jsonl."""
-    from trocr_fast.metrics import LABEL_SUFFIXES, find_truths
+    from trocr_fast.metrics import LABEL_SUFFIXES, find_truths, require_jiwer
     from trocr_fast.metrics import evaluate as compare
     from trocr_fast.sources import find_pictures
     from trocr_fast.writers import open_writer
 
+    require_jiwer()  # before anything is read
     found: list[str] = []
     for path in paths:  # a labels file names its pictures itself
         found.extend([path] if path.lower().endswith(LABEL_SUFFIXES) else find_pictures([path]))
     truths = find_truths(map(Path, found))
-    ocr = _load(model, revision, device, dtype, cross_memory, pixels)
+    limits = _limits(max_image_mpixels, max_file_bytes, picture_format)
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels, limits)
     pictures = [str(truth.path) for truth in truths]
     lines = ocr.read(pictures, batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=workers)
     read_lines: list[Line] = []
@@ -232,8 +248,14 @@ def info(
     """Versions and devices; family, sizes and memory of a checkpoint, and what will run where."""
     from trocr_fast.info import describe
 
-    for name, value in describe(_load(model, revision, device, dtype, cross_memory, "sane")):
+    for name, value in describe(_load(model, revision, device, dtype, cross_memory, "sane", {})):
         typer.echo(f"{name:<24}{value}")
+
+
+def _limits(max_image_mpixels: float | None, max_file_bytes: int | None, formats: list[str] | None) -> dict[str, Any]:
+    """Those that were given, by their names in `TrOCR.from_pretrained`."""
+    given = {"max_image_mpixels": max_image_mpixels, "max_file_bytes": max_file_bytes}
+    return {name: value for name, value in {**given, "formats": formats or None}.items() if value is not None}
 
 
 def _load(
@@ -243,30 +265,27 @@ def _load(
     dtype: Dtype,
     cross_memory: CrossMemory,
     pixels: Pixels,
-    max_image_mpixels: float | None = None,
-    max_file_bytes: int | None = None,
+    limits: dict[str, Any],
 ) -> "TrOCR":
     from trocr_fast.trocr import TrOCR
 
-    given = {"max_image_mpixels": max_image_mpixels, "max_file_bytes": max_file_bytes}
-    limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return TrOCR.from_pretrained(
-        model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        cross_memory=cross_memory,
-        pixels=pixels,
-        **limits,
+        model, revision=revision, device=device, dtype=dtype, cross_memory=cross_memory, pixels=pixels, **limits
     )
 
 
 def _progress(rows: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    """The rows, and on a terminal a bar that makes room for what is printed about each."""
     if not sys.stderr.isatty():
-        return iter(rows)
+        yield from rows
+        return
     from tqdm import tqdm
 
-    return iter(tqdm(rows, total=total, unit="line", file=sys.stderr))
+    with tqdm(total=total, unit="line", file=sys.stderr) as bar:
+        for row in rows:
+            bar.clear()
+            yield row
+            bar.update()
 
 
 def _format_of(output: Path | None) -> str:
@@ -276,18 +295,22 @@ def _format_of(output: Path | None) -> str:
 
 @contextmanager
 def _output(path: Path | None, existing: Existing) -> Iterator[Any]:
-    if path is None:
-        yield sys.stdout
-        return
+    """The stream that rows go to. An OSError inside is the output's own, since pictures that can't be read are rows."""
     mode = "w" if existing == "overwrite" else "x"
     try:
-        stream = open(path, mode, encoding="utf-8", newline="")  # noqa: SIM115
+        if path is None:
+            yield sys.stdout
+        else:
+            with open(path, mode, encoding="utf-8", newline="") as stream:
+                yield stream
     except FileExistsError:
         _stop(UNWRITABLE, f"{path} exists; pass --existing overwrite to replace it")
     except OSError as error:
-        _stop(UNWRITABLE, f"{path} can't be written: {error.strerror}")
-    with stream:
-        yield stream
+        if path is None:  # or Python would fail again when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # who read our output has gone, and knows
+            _note(f"{path or 'the output'} can't be written: {error.strerror or error}")
+        raise typer.Exit(UNWRITABLE) from None
 
 
 def _describe(difference: Any) -> str:
@@ -310,17 +333,13 @@ def _stop(status: int, message: str) -> NoReturn:
 def main() -> None:
     """Entry point: runs a command and turns what the user can mend into one line and an exit status."""
     warnings.showwarning = lambda message, *rest, **more: _note(f"warning: {message}")
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale says: texts are any script's
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")  # type: ignore[union-attr]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # Whatever the locale says: texts are in any script.
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
     try:
         app()
     except TrocrFastError as error:
         _note(str(error))
         sys.exit(MISSING if isinstance(error, ImportError) else USAGE)
-    except BrokenPipeError:
-        # Who read our output has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(UNWRITABLE)
-    except OSError as error:
-        _note(f"the output can't be written: {error.strerror or error}")
-        sys.exit(UNWRITABLE)

@@ -116,6 +116,13 @@ NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What greedy search has no use for, whatever its value: transformers ignores these too unless it samples or has beams.
+UNUSED_BY_GREEDY = frozenset(
+    {"length_penalty", "early_stopping", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p"}
+    | {"epsilon_cutoff", "eta_cutoff"}
+)
+
+
 @dataclass(frozen=True)
 class GenerationDefaults:
     """How `generate` behaves where the caller says nothing, as transformers 5 resolves it from the files."""

@@ -17,14 +17,15 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from trocr_fast.errors import PictureError
+from trocr_fast.errors import PictureError, UsageError
 from trocr_fast.image_config import ImageConfig
 from trocr_fast.image_modes import array_size, sane_array, sane_image, stock_array, stock_image
 
@@ -61,35 +62,36 @@ class ImageProcessor:
             to them: whoever opened it has chosen.
 
     Raises:
-        ValueError: an option with an unknown or impossible value.
+        UsageError: an option with an unknown or impossible value.
     """
 
     def __init__(
         self,
         config: ImageConfig,
         pixels: str = "sane",
-        max_mpixels: float = DEFAULT_MAX_MPIXELS,
+        max_image_mpixels: float = DEFAULT_MAX_MPIXELS,
         max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
         formats: Sequence[str] = DEFAULT_FORMATS,
     ) -> None:
         if pixels not in ("sane", "stock"):
-            raise ValueError(f"pixels: expected 'sane' or 'stock', got {pixels!r}")
+            raise UsageError(f"pixels: expected sane or stock, got {pixels!r}")
         # Pillow refuses twice its own limit, and no argument of ours can lift that.
         limit = float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        if not 0 < max_mpixels <= limit:
-            raise ValueError(f"max_mpixels: expected above 0 and at most {limit:g}, got {max_mpixels!r}")
+        if not 0 < max_image_mpixels <= limit:
+            raise UsageError(f"max_image_mpixels: expected above 0 and at most {limit:g}, got {max_image_mpixels!r}")
         if max_file_bytes < 1:
-            raise ValueError(f"max_file_bytes: expected at least 1, got {max_file_bytes!r}")
+            raise UsageError(f"max_file_bytes: expected at least 1, got {max_file_bytes!r}")
         Image.init()  # registers all formats now, and not in the first thread that meets an unusual one
         if isinstance(formats, str) or not formats or not set(formats) <= set(Image.OPEN):
             known = ", ".join(sorted(Image.OPEN))
-            raise ValueError(f"formats: expected some of {known}, got {formats!r}")
+            raise UsageError(f"formats: expected some of {known}, got {formats!r}")
         self.config = config
         self.pixels = pixels
-        self.max_mpixels = max_mpixels
+        self.max_image_mpixels = max_image_mpixels
         self.max_file_bytes = max_file_bytes
         self.formats = tuple(formats)
         self.table = config.table()  # float32 [3, 256]
+        self._decoding = Lock()
 
     def load(self, picture: Picture) -> np.ndarray:
         """One picture as uint8 [3, H, W], C-contiguous, resized and cropped; (H, W) is `config.pixel_size`.
@@ -100,6 +102,8 @@ class ImageProcessor:
         """
         try:
             if isinstance(picture, Image.Image):
+                with self._decoding:  # the same lazily opened image may be in the hands of several threads
+                    self._decode(picture)
                 return self._load_image(picture)
             if isinstance(picture, np.ndarray):
                 return self._load_array(picture)
@@ -123,16 +127,16 @@ class ImageProcessor:
         may be endless. Closing the iterator early drops what has not begun and waits for what has.
 
         Args:
-            pictures: any iterable; what it raises is raised here.
+            pictures: any iterable; what it raises is raised here, after the results of what came before.
             num_workers: threads; by default one for each core this process may use, at most 16.
 
         Raises:
-            ValueError: `num_workers` below 1; raised at once.
+            UsageError: `num_workers` below 1; raised at once.
         """
         if num_workers is None:
             num_workers = min(16, _num_cores())
         if num_workers < 1:
-            raise ValueError(f"num_workers: expected at least 1, got {num_workers}")
+            raise UsageError(f"num_workers: expected at least 1, got {num_workers}")
         return self._load_many(pictures, num_workers)
 
     def normalise(self, batch: "np.ndarray | torch.Tensor") -> "torch.Tensor":
@@ -154,13 +158,23 @@ class ImageProcessor:
     def _load_many(self, pictures: Iterable[Picture], num_workers: int) -> Iterator[np.ndarray | PictureError]:
         pending: deque[Future[np.ndarray | PictureError]] = deque()
         pool = ThreadPoolExecutor(num_workers, thread_name_prefix="pictures")
+        failure: Exception | None = None
+        rest = iter(pictures)
         try:
-            for picture in pictures:
-                pending.append(pool.submit(self._load_or_error, picture))
+            while True:
+                try:
+                    pending.append(pool.submit(self._load_or_error, next(rest)))
+                except StopIteration:
+                    break
+                except Exception as error:  # raised below, once all that came before it is given
+                    failure = error
+                    break
                 if len(pending) >= 2 * num_workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+            if failure is not None:
+                raise failure
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -175,6 +189,10 @@ class ImageProcessor:
     def _read(self, path: str | os.PathLike[str]) -> bytes:
         # Never waits: a pipe that nobody writes to opens at once with O_NONBLOCK, and is then refused.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        try:
+            path = os.fspath(path)
+        except Exception as error:  # somebody's own kind of path
+            raise PictureError("expected a path, got an object that gives none") from error
         try:
             with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
                 status = os.fstat(file.fileno())
@@ -207,19 +225,24 @@ class ImageProcessor:
                 image = Image.open(BytesIO(data), formats=self.formats)
             except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
                 # Pillow's own limits, above our default; the second is raised under `python -W error` only.
-                limit = f"{self.max_mpixels:g} million pixels"
+                limit = f"{self.max_image_mpixels:g} million pixels"
                 raise PictureError(f"expected at most {limit}, got more") from error
         with image:
             return self._load_image(image)
 
     def _load_image(self, image: Image.Image) -> np.ndarray:
-        self._check_size(image.height, image.width)
-        what = f"{image.format or 'PIL'} picture of {image.width} x {image.height} pixels, mode {image.mode}"
-        with _refusing(f"expected a whole {what}, got data that is damaged or breaks off"):
-            image.load()
-        with _refusing(f"expected a picture that converts to RGB, got a {what}, which does not"):
+        self._decode(image)
+        with _refusing(f"expected a picture that converts to RGB, got a {_describe(image)}, which does not"):
             stock = self.pixels == "stock"
             return self._finish(stock_image(image, self.config) if stock else sane_image(image))
+
+    def _decode(self, image: Image.Image) -> None:
+        """Have Pillow read all that it reads lazily; nothing is left to do the second time."""
+        self._check_size(image.height, image.width)
+        with _refusing(f"expected a whole {_describe(image)}, got data that is damaged or breaks off"):
+            image.load()
+        with suppress(Exception):  # a damaged EXIF block of a good picture counts as none
+            image.getexif()
 
     def _load_array(self, array: np.ndarray) -> np.ndarray:
         self._check_size(*array_size(array))
@@ -244,8 +267,8 @@ class ImageProcessor:
     def _check_size(self, height: int, width: int) -> None:
         if height < 1 or width < 1:
             raise PictureError(f"expected at least one pixel, got {width} x {height} pixels")
-        if height * width > self.max_mpixels * 1e6:
-            limit = f"{self.max_mpixels:g} million pixels"
+        if height * width > self.max_image_mpixels * 1e6:
+            limit = f"{self.max_image_mpixels:g} million pixels"
             raise PictureError(f"expected at most {limit}, got {width} x {height} pixels")
 
 
@@ -274,3 +297,7 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _describe(image: Image.Image) -> str:
+    return f"{image.format or 'PIL'} picture of {image.width} x {image.height} pixels, mode {image.mode}"

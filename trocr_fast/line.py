@@ -11,7 +11,7 @@ class Line:
                 picture that came from memory
     text        the text that was read, special tokens left out; None if the picture could not be read
     confidence  exp(mean log-probability of the generated tokens), 0 to 1, end of sequence included
-    token_ids   the generated token ids behind `text`, special tokens included
+    token_ids   the sequence behind `text` as `generate` returns it: start token first, end token last if it came
     truncated   whether the length limit cut the line before its end of sequence
     error       why the picture could not be read; None if it was
     """

@@ -73,6 +73,19 @@ class Report:
     worst: tuple[LineScore, ...]
 
 
+def require_jiwer() -> Any:
+    """jiwer, imported late: only this needs it.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import jiwer
+    except ImportError as error:
+        raise MissingExtraError("CER and WER need jiwer: pip install 'trocr_fast[eval]'", name="jiwer") from error
+    return jiwer
+
+
 def evaluate(truths: Sequence[str], lines: Sequence[Line], num_worst: int = 10) -> Report:
     """Compares each line with the truth at its place.
 
@@ -80,12 +93,7 @@ def evaluate(truths: Sequence[str], lines: Sequence[Line], num_worst: int = 10) 
     """
     if len(truths) != len(lines):
         raise ValueError(f"Invalid lines: expected {len(truths)}, one for each truth, got {len(lines)}")
-    try:
-        import jiwer  # late: only this needs it
-    except ImportError as error:
-        message = "CER and WER need jiwer: pip install 'trocr_fast[eval]'"
-        raise MissingExtraError(message, name="jiwer") from error
-
+    jiwer = require_jiwer()
     wanted = [unicodedata.normalize("NFC", truth) for truth in truths]
     read = [unicodedata.normalize("NFC", line.text or "") if line.error is None else "" for line in lines]
     characters = jiwer.process_characters(wanted, read)
@@ -131,7 +139,7 @@ def find_truths(paths: Iterable[Path]) -> list[Truth]:
     for path in map(Path, paths):
         if path.suffix.lower() in LABEL_SUFFIXES:
             truths.extend(_read_labels(path))
-        elif (beside := path.with_suffix(".gt.txt")).is_file():
+        elif (beside := path.parent / f"{path.stem}.gt.txt").is_file():
             truths.append(Truth(path, _read_truth(beside)))
         else:
             missing.append(beside)

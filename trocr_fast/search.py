@@ -19,6 +19,7 @@ class Hypothesis:
     tokens: list[int]  # the start token first, the end token last if the line ended
     log_probs: list[float] = field(default_factory=list)  # one a generated token, under the unprocessed softmax
     ended: bool = False  # by an end token; else it was cut at the length limit
+    failed: bool = False  # its scores were not finite: the tokens mean nothing
 
     @property
     def confidence(self) -> float:
@@ -61,8 +62,9 @@ def greedy_search(
             hypothesis.tokens.append(token)
             hypothesis.log_probs.append(log_prob)
             hypothesis.ended = token in end_tokens
+            hypothesis.failed = not math.isfinite(log_prob)
         # From the last row to the first, since the last live row takes the place of one that leaves.
-        for row in reversed([row for row, hypothesis in enumerate(live) if hypothesis.ended]):
+        for row in reversed([row for row, hypothesis in enumerate(live) if hypothesis.ended or hypothesis.failed]):
             state.remove(row)
             memory.remove(row)
             tokens[row] = tokens[len(live) - 1]

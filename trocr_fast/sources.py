@@ -53,7 +53,7 @@ def find_pictures(paths: Sequence[str], stdin: IO[bytes] | None = None) -> Itera
     Raises:
         UsageError: no PATH; an empty folder, glob or list; a list that can't be read; a transcription
             (NAME.gt.txt) given as a list. All at once, before the first path. A line longer than any path can
-            be is found only when it is reached.
+            be is cut, and becomes an error row.
     """
     if not paths:
         raise UsageError("expected at least one PATH, got none")
@@ -95,8 +95,9 @@ def _read_list(path: str) -> Iterator[str]:
 
 def _lines(file: IO[bytes], name: str) -> Iterator[str]:
     for number, line in enumerate(iter(lambda: file.readline(MAX_PATH_BYTES), b""), start=1):
-        if len(line) == MAX_PATH_BYTES:
-            raise UsageError(f"{name}, line {number}: expected a path, found {len(line)} bytes or more")
+        if len(line) == MAX_PATH_BYTES:  # no path, but an error row is better than an end of the whole list
+            while not line.endswith(b"\n") and (rest := file.readline(MAX_PATH_BYTES)):
+                line = line[:MAX_PATH_BYTES] + rest[-1:]
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # some editors mark UTF-8 files so
         line = line.rstrip(b"\r\n")

@@ -3,24 +3,31 @@
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trocr_fast import cross_memory as memories
 from trocr_fast.checkpoint import resolve_checkpoint
-from trocr_fast.config import NEUTRAL_GENERATION
+from trocr_fast.config import NEUTRAL_GENERATION, UNUSED_BY_GREEDY
 from trocr_fast.errors import CheckpointError, PictureError, UsageError
 from trocr_fast.image_config import ImageConfig
-from trocr_fast.images import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
+from trocr_fast.images import DEFAULT_FORMATS, DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
 from trocr_fast.line import Line
 from trocr_fast.model import Model
 from trocr_fast.text import TextDecoder
 
+OUTPUT_FLAGS = frozenset(
+    ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+NOT_FINITE = "expected finite scores from the model, got NaN or infinity; try dtype float32"
 
 
 class TrOCR:
@@ -51,6 +58,7 @@ class TrOCR:
         pixels: str = "sane",
         max_image_mpixels: float = DEFAULT_MAX_MPIXELS,
         max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+        formats: Sequence[str] = DEFAULT_FORMATS,
     ) -> "TrOCR":
         """Load a checkpoint.
 
@@ -62,6 +70,7 @@ class TrOCR:
             cross_memory: "kv" or "latent" (`trocr_fast.cross_memory`); "auto" is what measured faster.
             pixels: "sane" or "stock" (`trocr_fast.images`).
             max_image_mpixels, max_file_bytes: larger pictures are refused.
+            formats: Pillow's names of the formats that files and bytes may have; others are refused.
 
         Raises:
             CheckpointError: the checkpoint can't be had, can't be run, or its files disagree.
@@ -74,7 +83,7 @@ class TrOCR:
         if cross_memory not in memories.KINDS:
             raise UsageError(f"cross_memory: expected auto, {' or '.join(memories.KINDS)}, got {cross_memory!r}")
         folder = resolve_checkpoint(model, revision)
-        images = ImageProcessor(ImageConfig.from_folder(folder), pixels, max_image_mpixels, max_file_bytes)
+        images = ImageProcessor(ImageConfig.from_folder(folder), pixels, max_image_mpixels, max_file_bytes, formats)
         text = TextDecoder.from_folder(folder)
         loaded = Model.load(folder, chosen_device, chosen_dtype, cross_memory)
         size, expected = images.config.pixel_size, loaded.config.encoder.image_size
@@ -105,8 +114,14 @@ class TrOCR:
             num_workers: threads that load pictures; by default one a core.
 
         Raises:
-            UsageError: a `batch_size` or `max_new_tokens` below 1.
+            UsageError: one picture in place of an iterable; a `batch_size`, `max_new_tokens` or `num_workers` below 1.
         """
+        if isinstance(pictures, str | bytes | bytearray | os.PathLike | Image.Image | np.ndarray):
+            raise UsageError(
+                f"pictures: expected an iterable of pictures, got one ({type(pictures).__name__}); put it in a list"
+            )
+        if num_workers is not None and num_workers < 1:
+            raise UsageError(f"num_workers: expected at least 1, got {num_workers}")
         if batch_size is None:
             batch_size = 16
         if batch_size < 1:
@@ -134,7 +149,16 @@ class TrOCR:
     ) -> Iterator[Line]:
         batch: list[tuple[str | None, np.ndarray | PictureError]] = []
         num_good = 0
-        for path, pixels in self.load_pictures(pictures, num_workers):
+        failure: Exception | None = None
+        loaded = self.load_pictures(pictures, num_workers)
+        while True:
+            try:
+                path, pixels = next(loaded)
+            except StopIteration:
+                break
+            except Exception as error:  # of `pictures`: raised below, once all that came before it is read
+                failure = error
+                break
             batch.append((path, pixels))
             num_good += not isinstance(pixels, PictureError)
             # Bad pictures take no place in the batch, but a long run of them must not pile up either.
@@ -142,6 +166,8 @@ class TrOCR:
                 yield from self._read_batch(batch, max_length)
                 batch, num_good = [], 0
         yield from self._read_batch(batch, max_length)
+        if failure is not None:
+            raise failure
 
     def load_pictures(
         self, pictures: Iterable[Picture], num_workers: int | None = None
@@ -151,7 +177,7 @@ class TrOCR:
 
         def remember() -> Iterator[Picture]:
             for picture in pictures:
-                paths.append(os.fspath(picture) if isinstance(picture, str | os.PathLike) else None)
+                paths.append(_path_of(picture))
                 yield picture
 
         expected = (3, *self.model.config.encoder.image_size)
@@ -171,8 +197,11 @@ class TrOCR:
         for path, pixels in batch:
             if isinstance(pixels, PictureError):
                 yield Line(path=path, error=str(pixels))
+                continue
+            hypothesis, text = next(read)
+            if hypothesis.failed:
+                yield Line(path=path, error=NOT_FINITE)
             else:
-                hypothesis, text = next(read)
                 yield Line(
                     path=path,
                     text=text,
@@ -202,7 +231,8 @@ class TrOCR:
             pixel_values: floating-point [batch, 3, H, W].
             max_new_tokens, max_length: limits without and with the start token; the first wins.
             use_cache: matters to the positions of sinusoidal decoders alone; by default the checkpoint's.
-            settings: other arguments of transformers' `generate`, as long as they leave greedy search what it is.
+            settings: other arguments of transformers' `generate`, as long as they leave greedy search what it is and
+                ask for token ids alone.
 
         Returns:
             int64 [batch, longest], each row from the start token, filled up with the pad token after its end.
@@ -210,27 +240,40 @@ class TrOCR:
         Raises:
             ValueError: pixels of a wrong shape or dtype, a limit below one new token or beyond the position table
                 if a row gets there, or a setting (an argument or the checkpoint's own) that asks for another search.
+                A row whose scores are not finite.
             TypeError: an argument that this greedy search does not take, known to transformers or not.
         """
         config = self.model.config
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise ValueError(f"pixel_values: expected a floating-point tensor [batch, 3, H, W], got {kind}")
-        for name in settings.keys() - NEUTRAL_GENERATION.keys():
+        for name in settings.keys() - NEUTRAL_GENERATION.keys() - UNUSED_BY_GREEDY - OUTPUT_FLAGS:
             raise TypeError(f"generate() takes no argument {name!r}; it searches greedily and returns token ids alone")
         for name, value in {**config.generation.other, **settings}.items():
-            if value is not None and value not in NEUTRAL_GENERATION[name]:
+            neutral = (False,) if name in OUTPUT_FLAGS else NEUTRAL_GENERATION.get(name, (value,))
+            if value is not None and value not in neutral:
                 raise ValueError(
                     f"{name}: expected a setting of plain greedy search, the only one there is, got {value!r}"
                 )
 
         limit = config.generation.resolve_max_length(max_new_tokens, max_length)
         found = self.model.greedy(pixel_values, limit, use_cache)
+        if any(hypothesis.failed for hypothesis in found):
+            raise ValueError(NOT_FINITE)
         longest = max((len(hypothesis.tokens) for hypothesis in found), default=1)
         pad = config.generation.pad_token_id
         # Without an end token nothing ends early, so there is nothing to fill.
         rows = [h.tokens + [0 if pad is None else pad] * (longest - len(h.tokens)) for h in found]
         return torch.tensor(rows, dtype=torch.int64, device=self.model.device).view(len(found), longest)
+
+
+def _path_of(picture: Picture) -> str | None:
+    if not isinstance(picture, str | os.PathLike):
+        return None
+    try:
+        return os.fsdecode(picture)
+    except Exception:  # somebody's own kind of path; loading it tells what is wrong
+        return None
 
 
 def _choose_device(device: str | torch.device) -> torch.device:

@@ -1,8 +1,9 @@
 """Tokens against transformers, row by row, on the same pixels.
 
 In fp32 every row must equal the reference. Where one does not, the margin between the reference's two best scores at
-the first differing position is shown, and the row is a tie if that margin is no larger than twice what the reference
-itself moves by when the row is decoded in a batch of 8 instead of alone: then the reference does not decide either.
+the first differing position is shown, and the row is a tie if our token's score is below the best by no more than twice
+what the reference itself moves by when the row is decoded in a batch of 8 instead of alone: then it does not decide
+either.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trocr_fast.config import NEUTRAL_GENERATION
-from trocr_fast.errors import PictureError
+from trocr_fast.errors import CheckpointError, PictureError
 from trocr_fast.images import Picture
 from trocr_fast.trocr import TrOCR
 
@@ -32,12 +33,13 @@ class Difference:
     our_token: int | None  # None: ours had ended
     reference_token: int | None
     margin: float  # best score less second best, of the reference
+    gap: float  # its best score less its score of our token: the margin, if ours is its second choice
     noise: float  # how far the reference's scores of the two tokens move between batch 1 and batch 8
 
     @property
     def is_tie(self) -> bool:
         """The reference's own rounding could have turned the choice."""
-        return math.isinf(self.noise) or self.margin <= 2 * self.noise
+        return math.isinf(self.noise) or self.gap <= 2 * self.noise
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,36 @@ class RowCheck:
 
 
 class Reference:
-    """transformers' own model of a checkpoint, in fp32 or another dtype.
+    """transformers' own model of a checkpoint, in fp32.
 
     Args:
         folder: the checkpoint.
-        dtype: of its weights.
         device: where it runs.
         settings: generation settings of the checkpoint to be put back to plain greedy search.
+
+    Raises:
+        CheckpointError: transformers can't load the model or its tokenizer.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, settings: Iterable[str] = ()) -> None:
+    def __init__(self, folder: Path, device: torch.device, settings: Iterable[str] = ()) -> None:
         from transformers import VisionEncoderDecoderModel
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.model: Any = VisionEncoderDecoderModel.from_pretrained(folder, dtype=dtype)
+        try:
+            self.model: Any = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32)
+            self.tokenizer = _load_tokenizer(folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}: expected a checkpoint that transformers loads too, to compare with; it raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
         repair_sinusoidal_positions(self.model)
         self.model.eval().to(device)
         positions = self.model.decoder.model.decoder.embed_positions
         if hasattr(positions, "weights"):  # no buffer, so `.to` leaves it where it was
             positions.weights = positions.weights.to(device)
-        self.tokenizer = _load_tokenizer(folder)
         self._neutral = {name: (NEUTRAL_GENERATION[name] or (None,))[0] for name in settings}
 
     @torch.inference_mode()
@@ -151,18 +161,22 @@ def verify(
     max_length = ocr.read_max_length(max_new_tokens)
     paths: list[str | None] = []
     batch: list[np.ndarray] = []
+
+    def compare() -> Iterator[RowCheck]:
+        yield from _verify_batch(ocr, reference, paths, batch, max_length)
+        paths.clear()
+        batch.clear()
+
     for path, pixels in ocr.load_pictures(pictures):
         if isinstance(pixels, PictureError):
-            yield from _verify_batch(ocr, reference, paths, batch, max_length)
-            paths, batch = [], []
+            yield from compare()
             yield RowCheck(path, error=str(pixels))
             continue
         paths.append(path)
         batch.append(pixels)
         if len(batch) == batch_size:
-            yield from _verify_batch(ocr, reference, paths, batch, max_length)
-            paths, batch = [], []
-    yield from _verify_batch(ocr, reference, paths, batch, max_length)
+            yield from compare()
+    yield from compare()
 
 
 def _verify_batch(
@@ -195,8 +209,9 @@ def compare_row(reference: Reference, pixel_values: Tensor, ours: list[int], the
     alone = reference.scores(pixel_values.unsqueeze(0), prefix)
     among = reference.scores(pixel_values.expand(JUDGING_BATCH, -1, -1, -1), prefix)
     if alone is None or among is None:  # the reference's own tokens depend on the batch, even before this position
-        return Difference(position, our_token, reference_token, math.nan, math.inf)
+        return Difference(position, our_token, reference_token, math.nan, math.nan, math.inf)
     best, second = alone.topk(2).values.tolist()
+    gap = math.inf if our_token is None else best - alone[our_token].item()
     rivals = [token for token in (our_token, reference_token) if token is not None]
     noise = (alone - among)[rivals].abs().max().item()
-    return Difference(position, our_token, reference_token, best - second, noise)
+    return Difference(position, our_token, reference_token, best - second, gap, noise)
