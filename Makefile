@@ -29,6 +29,7 @@ format: $(READY)
 
 bench: $(READY)  ## results go to bench/results
 	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.cross_memory
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 with venv on the PATH, found none" >&2; exit 1; }

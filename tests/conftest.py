@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # Before any kernel module is imported: without a GPU, Triton's interpreter runs the kernels.
@@ -10,3 +11,10 @@ if not torch.cuda.is_available():
 
 # The models of the tests are small: more threads cost more than they bring, a hundredfold on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

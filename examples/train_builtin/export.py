@@ -44,9 +44,7 @@ def export(work: Path, out: Path) -> None:
     halved = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.half().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
-    update_json(
-        out / "config.json", {"dtype": "float32"}
-    )  # fp16 is for the size of the file, not to compute in
+    update_json(out / "config.json", {"dtype": "float32"})  # fp16 is for the size of the file, not to compute in
     write_processor(processor, out)
 
     again = VisionEncoderDecoderModel.from_pretrained(out).eval()
@@ -58,9 +56,7 @@ def export(work: Path, out: Path) -> None:
     got = read(again, reloaded)
     differing = [(a, b) for a, b in zip(expected, got, strict=True) if a != b]
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(
-        f"{out}: {size} bytes; fp16 weights read {len(differing)} of {SAMPLE_LINES} sample lines differently"
-    )
+    print(f"{out}: {size} bytes; fp16 weights read {len(differing)} of {SAMPLE_LINES} sample lines differently")
     for before, after in differing:
         print(f"  {before!r} {after!r}")
     if len(differing) > SAMPLE_LINES // 20:

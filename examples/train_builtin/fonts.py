@@ -99,10 +99,7 @@ def faces(side: str) -> list[Face]:
     wanted, other = (TRAIN, HELD_OUT) if side == "train" else (HELD_OUT, TRAIN)
     found = []
     paths = {
-        path.resolve()
-        for root in FONT_ROOTS
-        for path in root.rglob("*")
-        if path.suffix.lower() in (".ttf", ".otf")
+        path.resolve() for root in FONT_ROOTS for path in root.rglob("*") if path.suffix.lower() in (".ttf", ".otf")
     }
     for path in sorted(paths):
         names = _names(path)
@@ -116,9 +113,7 @@ def faces(side: str) -> list[Face]:
         if characters >= BASIC:
             found.append(Face(str(path), names["family"], names["style"], characters))
     if not found:
-        raise FileNotFoundError(
-            f"no {side} fonts under {FONT_ROOTS}: apt-get install the packages of fonts.py first"
-        )
+        raise FileNotFoundError(f"no {side} fonts under {FONT_ROOTS}: apt-get install the packages of fonts.py first")
     return sorted(found, key=lambda face: (face.family, face.path))
 
 
@@ -184,7 +179,5 @@ if __name__ == "__main__":
             groups = by_family(faces(side))
             print(f"{side}: {len(groups)} families, {sum(map(len, groups.values()))} faces")
             for family, members in groups.items():
-                gaps = "".join(
-                    sorted(set(ALPHABET) - frozenset.intersection(*(m.characters for m in members)))
-                )
+                gaps = "".join(sorted(set(ALPHABET) - frozenset.intersection(*(m.characters for m in members))))
                 print(f"  {family}: {len(members)}" + (f", without {gaps}" if gaps else ""))

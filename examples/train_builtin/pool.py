@@ -20,9 +20,7 @@ KEEP = 128
 class Pool:
     """Draws batches from the shards in `folder` while a child process renders new ones."""
 
-    def __init__(
-        self, folder: Path, image_size: tuple[int, int], seed: int, reuse: float, degrade: float
-    ) -> None:
+    def __init__(self, folder: Path, image_size: tuple[int, int], seed: int, reuse: float, degrade: float) -> None:
         self.folder, self.reuse = folder, reuse
         folder.mkdir(parents=True, exist_ok=True)
         self.shards: dict[int, tuple[np.ndarray, list[str]]] = {}

@@ -42,7 +42,7 @@ def _ink(text: str, face: fonts.Face, rng: random.Random, degrade: float) -> np.
     ascent, descent = font.getmetrics()
     stroke = 1 if size > 26 and rng.random() < 0.06 else 0
     tracking = rng.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -0.03, 0.04, 0.1, 0.2)) * size
-    left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
+    left, top, right, _bottom = font.getbbox(text, stroke_width=stroke)
     room = size  # spare room around the text for slant, rotation and overhang; cropped away below
     width = int(right - min(left, 0) + max(tracking, 0) * len(text)) + 2 * room
     canvas = Image.new("L", (width, ascent + descent + 2 * room), 0)

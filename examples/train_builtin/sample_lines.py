@@ -72,16 +72,12 @@ def draw(row: tuple, held_out: dict[str, list[fonts.Face]], rng: random.Random) 
     ascent, descent = font.getmetrics()
     left, _, right, _ = font.getbbox(text)
     pads = [rng.randint(2, size // 2) for _ in range(2)] + [rng.randint(1, size // 5) for _ in range(2)]
-    picture = Image.new(
-        "RGB", (right - left + pads[0] + pads[1], ascent + descent + pads[2] + pads[3]), paper
-    )
+    picture = Image.new("RGB", (right - left + pads[0] + pads[1], ascent + descent + pads[2] + pads[3]), paper)
     ImageDraw.Draw(picture).text((pads[0] - left, pads[2]), text, fill=ink, font=font)
     if degradation == "blur":
         picture = picture.filter(ImageFilter.GaussianBlur(0.7))
     elif degradation == "noise":
-        noise = np.random.default_rng(rng.randrange(2**32)).normal(
-            0, 9, (*picture.size[::-1], 1)
-        )  # [height, width, 1]
+        noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 9, (*picture.size[::-1], 1))  # [height, width, 1]
         picture = Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
     elif degradation == "low":
         small = picture.resize((picture.width * 3 // 5, picture.height * 3 // 5), Image.Resampling.BOX)
@@ -96,9 +92,7 @@ def in_mode(picture: Image.Image, row: tuple) -> Image.Image:
         return picture.convert(mode)
     if mode == "1":
         return (
-            picture.convert("L")
-            .point(lambda value: 255 if value > 140 else 0)
-            .convert("1", dither=Image.Dither.NONE)
+            picture.convert("L").point(lambda value: 255 if value > 140 else 0).convert("1", dither=Image.Dither.NONE)
         )
     if mode == "P":
         return picture.quantize(32)

@@ -125,18 +125,12 @@ class Sampler:
         while len(line) < length:
             line += " " + self._word()
         line = line[0].upper() + line[1:]
-        return (
-            line[: max(1, length - 1)].rstrip() + self.rng.choice(".,:;!?-") if length > 2 else line[:length]
-        )
+        return line[: max(1, length - 1)].rstrip() + self.rng.choice(".,:;!?-") if length > 2 else line[:length]
 
     def _name(self, length: int) -> str:
         pick = self.rng
         initial = f"{pick.choice(string.ascii_uppercase)}. " if pick.random() < 0.4 else ""
-        title = (
-            pick.choice(["Dr. ", "Mr ", "Mrs ", "Prof. ", "St. ", "Mme ", "Herr "])
-            if pick.random() < 0.25
-            else ""
-        )
+        title = pick.choice(["Dr. ", "Mr ", "Mrs ", "Prof. ", "St. ", "Mme ", "Herr "]) if pick.random() < 0.25 else ""
         names = [self._word().title() for _ in range(1 if length < 9 else 2)]
         joint = pick.choice([" ", " ", " ", "-", " & ", " de ", " von ", "'"])
         return title + initial + joint.join(names)
@@ -159,9 +153,7 @@ class Sampler:
     def _date(self, length: int) -> str:
         pick = self.rng
         day, month, year = pick.randint(1, 31), pick.randint(1, 12), pick.randint(1850, 2049)
-        word = pick.choice(
-            "Jan Feb Mar Apr May June July Aug Sept Oct Nov Dec März mai août octobre décembre".split()
-        )
+        word = pick.choice("Jan Feb Mar Apr May June July Aug Sept Oct Nov Dec März mai août octobre décembre".split())
         forms = [
             f"{day:02d}.{month:02d}.{year}",
             f"{day}/{month}/{year % 100:02d}",

@@ -43,9 +43,7 @@ class Progress:
 def learning_rate(progress: Progress, peak: float, budget: float, warmup: int) -> float:
     """Linear warm-up over `warmup` steps, then a cosine over the budget's seconds to 1 % of the peak."""
     share = min(1.0, progress.seconds / budget)
-    return (
-        peak * min(1.0, (progress.step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-    )
+    return peak * min(1.0, (progress.step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -66,9 +64,7 @@ class Trainer:
         self.rng = random.Random(args.seed)
         torch.manual_seed(args.seed)
         self.model = shape.build(args.width, args.encoder_layers, args.decoder_layers, args.heads)
-        self.model.set_attn_implementation(
-            "eager"
-        )  # on a CPU in bf16, several times the speed of sdpa's backward
+        self.model.set_attn_implementation("eager")  # on a CPU in bf16, several times the speed of sdpa's backward
         self.ctc_head = torch.nn.Linear(args.width, len(shape.VOCABULARY))
         self.parameters = [*self.model.parameters(), *self.ctc_head.parameters()]
         matrices = [p for p in self.parameters if p.ndim == 2]
@@ -113,9 +109,7 @@ class Trainer:
         targets = torch.cat([tokens, torch.full_like(edge, shape.PAD)], dim=1)
         targets[torch.arange(len(texts)), lengths] = shape.EOS
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model.decoder(
-                input_ids=inputs, encoder_hidden_states=states, use_cache=False
-            ).logits
+            logits = self.model.decoder(input_ids=inputs, encoder_hidden_states=states, use_cache=False).logits
         cross_entropy = F.cross_entropy(
             logits.float().flatten(0, 1),
             targets.flatten(),
@@ -155,9 +149,7 @@ class Trainer:
             for row in self.encode(pixels)[1].argmax(-1).tolist():
                 best_path.append([a for a, b in zip(row, [shape.PAD, *row], strict=False) if a != b])
             if self.progress.joint and start < 128:
-                generated += self.model.generate(
-                    pixels, max_new_tokens=MAX_LENGTH + 2, do_sample=False
-                ).tolist()
+                generated += self.model.generate(pixels, max_new_tokens=MAX_LENGTH + 2, do_sample=False).tolist()
         self.model.train()
         result = {"cer_ctc": jiwer.cer(texts, [shape.decode(row) for row in best_path])}
         if generated:
@@ -200,9 +192,7 @@ class Trainer:
             now = time.monotonic()
             progress.seconds, last = progress.seconds + now - last, now
             if progress.step % args.log_every == 0:
-                row = asdict(progress) | {
-                    k: float(np.mean([w[k] for w in window if k in w])) for k in window[-1]
-                }
+                row = asdict(progress) | {k: float(np.mean([w[k] for w in window if k in w])) for k in window[-1]}
                 window.clear()
                 if progress.step % args.evaluate_every == 0:
                     row |= self.evaluate(*development)
@@ -222,9 +212,7 @@ def development_lines(degrade: float) -> tuple[np.ndarray, list[str]]:
 
 def log(path: Path, row: dict) -> None:
     """One JSON line to the file and to the terminal."""
-    line = json.dumps(
-        {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-    )
+    line = json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()})
     with path.open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)
@@ -232,9 +220,7 @@ def log(path: Path, row: dict) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of the checkpoint, the log and the shards"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint, the log and the shards")
     parser.add_argument(
         "--budget-minutes", type=float, required=True, help="training time in all, resumed runs included"
     )
@@ -242,26 +228,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--encoder-layers", type=int, default=5)
     parser.add_argument("--decoder-layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.02)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--ctc-weight", type=float, default=0.5)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
-    parser.add_argument(
-        "--grow-below", type=float, default=1.5, help="CTC loss under which lines grow longer"
-    )
-    parser.add_argument(
-        "--joint-below", type=float, default=1.2, help="CTC loss under which the decoder joins"
-    )
+    parser.add_argument("--grow-below", type=float, default=1.5, help="CTC loss under which lines grow longer")
+    parser.add_argument("--joint-below", type=float, default=1.2, help="CTC loss under which the decoder joins")
     parser.add_argument("--reuse", type=float, default=1.5, help="how often a rendered line is seen")
-    parser.add_argument(
-        "--degrade", type=float, default=0.7, help="share of spoiled lines; 0 is clean print, 1 rough"
-    )
+    parser.add_argument("--degrade", type=float, default=0.7, help="share of spoiled lines; 0 is clean print, 1 rough")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--evaluate-every", type=int, default=1000)
     return parser.parse_args()
 
 

@@ -85,3 +85,15 @@ def test_tokens_equal_transformers(case: Case, tmp_path: Path) -> None:
                 assert got == expected[first : first + batch], (kind, batch, first)
                 ends = eos if isinstance(eos, list) else [eos]
                 assert [hypothesis.ended for hypothesis in found] == [row[-1] in ends for row in got]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
+def test_tokens_equal_transformers_on_a_gpu(case: Case, tmp_path: Path) -> None:
+    """The reference stays on the CPU: in fp32 both devices choose the same tokens."""
+    reference, pixels, eos = lively_reference(case)
+    expected = [cut(row, eos) for row in reference.generate(pixels, max_length=MAX_LENGTH).tolist()]
+    save(reference, tmp_path)
+    for kind in KINDS:
+        model = Model.load(tmp_path, torch.device("cuda"), torch.float32, kind)
+        assert [hypothesis.tokens for hypothesis in model.greedy(pixels, MAX_LENGTH)] == expected, kind
