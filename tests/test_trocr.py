@@ -13,7 +13,8 @@ from PIL import Image
 from tests.parity.models import Case, build, lively_reference, save
 from trocr_fast import CheckpointError, TrOCR
 from trocr_fast.checkpoint import BUILTIN
-from trocr_fast.cross_memory import KINDS
+from trocr_fast.config import CheckpointConfig
+from trocr_fast.cross_memory import KINDS, choose_kind
 from trocr_fast.errors import UsageError
 
 LINES = Path(__file__).parent.parent / "examples" / "lines"
@@ -313,3 +314,17 @@ def test_formats_can_be_narrowed() -> None:
     only_jpeg = TrOCR.from_pretrained(device="cpu", formats=["JPEG"])
     jpeg, png = only_jpeg.read([LINES / "hello.jpg", LINES / "total.png"])
     assert jpeg.error is None and "JPEG" in png.error
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [
+        ("small-printed", "cpu", "kv"),
+        ("base-handwritten", "cpu", "latent"),
+        ("large-printed", "cpu", "latent"),
+        ("base-handwritten", "cuda", "kv"),
+    ],
+)
+def test_cross_memory_that_measured_faster(name: str, device: str, expected: str) -> None:
+    config = CheckpointConfig.from_folder(Path(__file__).parent / "checkpoints" / name)
+    assert choose_kind(config.decoder, config.encoder.num_tokens, torch.device(device)) == expected

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from trocr_fast import ops
+from trocr_fast.config import DecoderConfig
 
 KINDS = ("kv", "latent")
+
+# Between TrOCR small, where the two are equal on a CPU, and base, where latent is the faster.
+LATENT_ABOVE_FLOPS = 4e9
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ class CrossMemory(Protocol):
     def num_bytes(self) -> int:
         """Bytes held for one picture."""
         ...
+
+
+def choose_kind(decoder: DecoderConfig, num_keys: int, device: torch.device) -> str:
+    """The kind that measured faster for lines of some 20 tokens (docs/decisions.md); on CUDA, not measured yet, `kv`.
+
+    Args:
+        num_keys: tokens of the encoder's output.
+    """
+    projection_flops = 2 * num_keys * decoder.cross_width * 2 * decoder.d_model * decoder.num_layers  # of one picture
+    return "latent" if device.type == "cpu" and projection_flops > LATENT_ABOVE_FLOPS else "kv"
 
 
 def make_cross_memory(kind: str, states: Tensor, weights: CrossWeights) -> CrossMemory:

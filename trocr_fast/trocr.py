@@ -67,7 +67,8 @@ class TrOCR:
             revision: branch, tag or commit of a hub id.
             device: "auto" takes CUDA where there is one.
             dtype: "float32", "bfloat16", "float16" or a torch.dtype; "auto" is bfloat16 on CUDA, float32 on a CPU.
-            cross_memory: "kv" or "latent" (`trocr_fast.cross_memory`); "auto" is what measured faster.
+            cross_memory: "kv" or "latent" (`trocr_fast.cross_memory`); "auto" takes the one that measured faster for
+                such a checkpoint.
             pixels: "sane" or "stock" (`trocr_fast.images`).
             max_image_mpixels, max_file_bytes: larger pictures are refused.
             formats: Pillow's names of the formats that files and bytes may have; others are refused.
@@ -78,9 +79,7 @@ class TrOCR:
         """
         chosen_device = _choose_device(device)
         chosen_dtype = _choose_dtype(dtype, chosen_device)
-        if cross_memory == "auto":
-            cross_memory = "kv"
-        if cross_memory not in memories.KINDS:
+        if cross_memory not in ("auto", *memories.KINDS):
             raise UsageError(f"cross_memory: expected auto, {' or '.join(memories.KINDS)}, got {cross_memory!r}")
         folder = resolve_checkpoint(model, revision)
         images = ImageProcessor(ImageConfig.from_folder(folder), pixels, max_image_mpixels, max_file_bytes, formats)
