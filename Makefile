@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself the first time; needs Python 3.11 or 3.12 (with venv and headers) and a C++ compiler.
 
 # The first interpreter that really runs, is new enough and can make virtual environments.
-PYTHON := $(shell for p in python3.11 python3.12 python3; do \
+PYTHON = $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin

@@ -6,6 +6,7 @@ some rows differ, 2 wrong usage, 3 a dependency is missing, 5 the output can't b
 Only typer is imported here; each command imports what it needs when it runs, so that `--help` is quick.
 """
 
+import gc
 import os
 import sys
 import warnings
@@ -267,11 +268,16 @@ def _load(
     pixels: Pixels,
     limits: dict[str, Any],
 ) -> "TrOCR":
-    from trocr_fast.trocr import TrOCR
+    # What torch makes when it is imported stays; to look through it for garbage again and again is a tenth of the start.
+    gc.disable()
+    try:
+        from trocr_fast.trocr import TrOCR
 
-    return TrOCR.from_pretrained(
-        model, revision=revision, device=device, dtype=dtype, cross_memory=cross_memory, pixels=pixels, **limits
-    )
+        return TrOCR.from_pretrained(
+            model, revision=revision, device=device, dtype=dtype, cross_memory=cross_memory, pixels=pixels, **limits
+        )
+    finally:
+        gc.enable()
 
 
 def _progress(rows: Iterable[Any], total: int | None = None) -> Iterator[Any]:
