@@ -268,7 +268,7 @@ def _load(
     pixels: Pixels,
     limits: dict[str, Any],
 ) -> "TrOCR":
-    # What torch makes when it is imported stays; to look through it for garbage again and again is a tenth of the start.
+    # What torch makes when it is imported stays; to look through it for garbage time and again is a tenth of the start.
     gc.disable()
     try:
         from trocr_fast.trocr import TrOCR
