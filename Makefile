@@ -33,6 +33,7 @@ bench: $(READY)  ## results go to bench/results
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 with venv on the PATH, found none" >&2; exit 1; }
+	@echo "setting up .venv: about two minutes" >&2
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'

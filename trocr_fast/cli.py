@@ -27,7 +27,7 @@ FAILED, USAGE, MISSING, UNWRITABLE, INTERRUPTED = 1, 2, 3, 5, 130
 
 app = typer.Typer(
     name="trocr-fast",
-    help="Read pictures of text lines with TrOCR: transformers' tokens, faster.",
+    help="Read pictures of text lines with TrOCR, in the tokens of transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -125,7 +125,7 @@ def read(
                 writer.write(line)
                 num_failed += line.error is not None
                 if line.error is not None and on_error == "abort":
-                    _note(f"stopped at the first bad picture: {line.path}: {line.error}")
+                    _note("stopped at the first bad picture")
                     break
         finally:
             writer.close()
@@ -228,7 +228,7 @@ def evaluate(
     report = compare([truth.text for truth in truths], read_lines, worst)
     for wrong in report.worst:
         found_text = f"unreadable: {wrong.error}" if wrong.text is None else repr(wrong.text)
-        _note(f"{wrong.path}: {wrong.num_edits} edits: expected {wrong.truth!r}, read {found_text}")
+        _note(f"{wrong.path}: {wrong.num_edits} wrong: expected {wrong.truth!r}, read {found_text}")
     score = report.score
     typer.echo(
         f"CER {score.cer:.2%}  WER {score.wer:.2%}  equal {score.num_equal} of {score.num_lines} lines  "
