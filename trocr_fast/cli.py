@@ -164,16 +164,18 @@ def verify(
     for check in _progress(verify(ocr, reference, pictures, batch_size, max_new_tokens), len(pictures)):
         if check.equal:
             counts["equal"] += 1
-        elif check.error is not None:
+            continue
+        if check.error is not None:
             counts["unreadable"] += 1
-            typer.echo(f"{escape(check.path or '')}\tunreadable: {check.error}")
+            verdict = f"unreadable: {check.error}"
         elif check.difference is None:
             counts["different"] += 1
-            typer.echo(f"{escape(check.path or '')}\tequal tokens, different text")
+            verdict = "equal tokens, different text"
         else:
             kind = "tie" if check.difference.is_tie else "different"
             counts[kind] += 1
-            typer.echo(f"{escape(check.path or '')}\t{kind} {_describe(check.difference)}")
+            verdict = f"{kind} {_describe(check.difference)}"
+        typer.echo(f"{escape(check.path or '')}\t{verdict}")
     compared = len(pictures) - counts["unreadable"]
     typer.echo(
         f"{counts['equal']} of {compared} rows equal to transformers, {counts['tie']} ties, "
