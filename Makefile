@@ -7,7 +7,7 @@ PYTHON = $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: read test test-slow lint format bench clean
+.PHONY: read test test-slow mutants sanitize compile lint format bench clean
 
 read: $(READY)  ## read the sample pictures with the built-in model, and compare with what is on them
 	@$(BIN)/trocr-fast evaluate --lines examples/lines
@@ -18,10 +18,19 @@ test: $(READY)  ## everything that is not slow
 test-slow: $(READY)  ## the real configurations at full size
 	$(BIN)/python -m pytest -m slow
 
+mutants: $(READY)  ## plant bugs, one at a time: the tests must find each
+	$(BIN)/python tests/mutants/run.py
+
+sanitize: $(READY)  ## the cache's C++ under the sanitizers of g++
+	bash tests/csrc/sanitize.sh
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+compile: $(READY)  ## the device code, with no GPU: registers and spills
+	$(BIN)/python -m bench.compile
 
 format: $(READY)
 	$(BIN)/ruff check --fix
@@ -30,8 +39,9 @@ format: $(READY)
 bench: $(READY)  ## results go to bench/results
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.cross_memory
+	$(BIN)/python -m bench.paged_cache
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 with venv on the PATH, found none" >&2; exit 1; }
 	@echo "setting up .venv: about two minutes" >&2
 	$(PYTHON) -m venv .venv
@@ -40,4 +50,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info trocr_fast/*.so

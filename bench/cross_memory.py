@@ -2,7 +2,8 @@
 
 For each configuration (by default the built-in one and those of tests/checkpoints, random weights): the time to make
 the memory of a batch from its encoder states, the time of one decode step, and what both add up to for lines of 20
-tokens. The two take turns, so that a machine that slows down slows both. Writes bench/results/cross_memory.json.
+tokens. The two take turns, so that a machine that slows down slows both. On a GPU if there is one. Writes
+bench/results/cross_memory.json, or cross_memory_gpu.json.
 """
 
 import argparse
@@ -24,19 +25,23 @@ from trocr_fast.weights import expected_shapes
 
 TOKENS = 20
 ROUNDS = 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCHES = (1, 64) if DEVICE.type == "cuda" else (1, 8)
 
 
 def random_decoder(config: CheckpointConfig, dtype: torch.dtype) -> Decoder:
     """A decoder of this configuration; its speed does not depend on its weights."""
     generator = torch.Generator().manual_seed(0)
     shapes = {name: shape for name, shape in expected_shapes(config).items() if name.startswith("decoder.")}
-    weights = {name: (torch.randn(s, generator=generator) * 0.02).to(dtype) for name, s in shapes.items()}
+    weights = {name: (torch.randn(s, generator=generator) * 0.02).to(DEVICE, dtype) for name, s in shapes.items()}
     return Decoder(config.decoder, weights)
 
 
 def seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -44,16 +49,16 @@ def seconds(work: Callable[[], Any]) -> float:
 def measure(config: CheckpointConfig, dtype: torch.dtype, batch: int) -> dict[str, dict[str, float]]:
     """Median seconds by kind of memory."""
     decoder = random_decoder(config, dtype)
-    states = torch.randn(batch, config.encoder.num_tokens, config.decoder.cross_width).to(dtype)
+    states = torch.randn(batch, config.encoder.num_tokens, config.decoder.cross_width).to(DEVICE, dtype)
     positions = decoder.positions(count_pads=True)
-    tokens = torch.full((batch,), 5)
+    tokens = torch.full((batch,), 5, device=DEVICE)
     times: dict[str, dict[str, list[float]]] = {kind: {"make": [], "step": []} for kind in KINDS}
     megabytes = {}
     for _ in range(ROUNDS):
         for kind in KINDS:
             memory = make_cross_memory(kind, states, decoder.cross_weights)
             megabytes[kind] = memory.num_bytes / 1e6
-            state = decoder.start(batch)
+            state = decoder.start(batch, 8)
 
             def step(state: Any = state, memory: Any = memory) -> Tensor:
                 return decoder.step(tokens, state, memory, positions)
@@ -85,7 +90,7 @@ def main() -> None:
     for folder in folders:
         config = CheckpointConfig.from_folder(folder)
         for dtype in (torch.float32, torch.bfloat16):
-            for batch in (1, 8):
+            for batch in BATCHES:
                 found = measure(config, dtype, batch)
                 name = str(dtype).removeprefix("torch.")
                 rows.append({"configuration": folder.name, "dtype": name, "batch": batch, **found})
@@ -94,7 +99,8 @@ def main() -> None:
                         f"{folder.name:<18}{name:<10}{batch:>5}  {kind:<7}{1e3 * times['make_s']:>9.1f}"
                         f"{1e3 * times['step_s']:>9.1f}{1e3 * times[f'line_of_{TOKENS}_tokens_s']:>10.1f}"
                     )
-    print(f"written to {report.write('cross_memory', rows).relative_to(report.ROOT)}")
+    name = "cross_memory_gpu" if DEVICE.type == "cuda" else "cross_memory"
+    print(f"written to {report.write(name, rows).relative_to(report.ROOT)}")
 
 
 if __name__ == "__main__":

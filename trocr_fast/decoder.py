@@ -3,15 +3,18 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trocr_fast import ops
 from trocr_fast.config import DecoderConfig
 from trocr_fast.cross_memory import CrossMemory, CrossWeights
+from trocr_fast.paged_cache import BLOCK_SIZE, OutOfBlocks, PagedKV, StepBuffers
 from trocr_fast.weights import EMBEDDING, HEAD
 
 LAYER_NORM_EPS = 1e-5  # not configurable in TrOCR
+FIRST_TOKENS = 32  # of a row that the cache has room for at first; it grows when lines are longer
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,52 @@ class SinusoidalPositions:
 
 
 class DecodeState:
-    """What the rows of a decode batch remember: keys and values of the tokens fed so far.
+    """What the rows of a decode batch remember: keys and values of the tokens fed so far, in a paged cache.
 
-    Dense, grown by doubling; rows are all of one length, since they start together.
+    Rows are all of one length, since they start together.
+
+    Args:
+        max_tokens: that will be fed to a row.
     """
 
-    def __init__(self, config: DecoderConfig, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: DecoderConfig, num_rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.length = 0  # tokens fed
         self.num_counted = torch.zeros(num_rows, dtype=torch.int64, device=device)  # those that are no pad token
-        # [layers, 2, rows, heads, capacity, head_dim]
-        shape = (config.num_layers, 2, num_rows, config.num_heads, 16, config.head_dim)
-        self._kv = torch.empty(shape, dtype=dtype, device=device)
+        num_blocks = max(1, num_rows * min(max_tokens, FIRST_TOKENS) // BLOCK_SIZE)
+        self._kv = PagedKV(config.num_layers, config.num_heads, config.head_dim, num_blocks, max_tokens, dtype, device)
+        self._sequences = np.array([self._kv.cache.add() for _ in range(num_rows)], np.int64)
+        self._buffers = StepBuffers(num_rows, self._kv.cache.max_blocks, device)
+
+    def begin_step(self) -> None:
+        """Make room for one token more of every row."""
+        try:
+            slots = self._kv.reserve(self._sequences)
+        except OutOfBlocks:
+            self._kv.grow(2 * self._kv.cache.num_blocks + len(self._sequences))
+            slots = self._kv.reserve(self._sequences)
+        self._buffers.fill(self._kv.cache, self._sequences, slots)
+        rows, (_, _, _, num_heads, head_dim) = len(self._sequences), self._kv.memory.shape[1:]
+        # Used by one layer after the other
+        self._keys = self._kv.memory.new_empty((rows, num_heads, self.length + 1, head_dim))
+        self._values = torch.empty_like(self._keys)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store this step's k and v [rows, heads, head_dim]; gives all steps' [rows, heads, steps, head_dim]."""
-        if self.length == self._kv.shape[4]:
-            self._kv = torch.cat([self._kv, torch.empty_like(self._kv)], dim=4)
-        keys, values = self._kv[layer]
-        keys[:, :, self.length], values[:, :, self.length] = k, v
-        return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+        rows, buffers = len(self._sequences), self._buffers
+        self._kv.write(layer, k, v, buffers.slot_mapping[:rows])
+        tables, lengths = buffers.block_tables[:rows], buffers.context_lens[:rows]
+        self._kv.gather(layer, tables, lengths, self._keys, self._values)
+        return self._keys, self._values
 
     def remove(self, row: int) -> None:
         """Drop a row; the last row takes its place."""
-        last = self.num_counted.shape[0] - 1
-        self._kv[:, :, row] = self._kv[:, :, last]
-        self._kv = self._kv[:, :, :last]
-        self.num_counted[row] = self.num_counted[last]
-        self.num_counted = self.num_counted[:last]
+        self._kv.cache.release(self._sequences[row : row + 1])
+        self._sequences[row] = self._sequences[-1]
+        self._sequences = self._sequences[:-1]
+        self.num_counted[row] = self.num_counted[-1]
+        self.num_counted = self.num_counted[:-1]
 
 
 class Decoder:
@@ -155,9 +177,11 @@ class Decoder:
             return LearnedPositions(self._learned)
         return SinusoidalPositions(self.config, self.embedding.dtype, self.embedding.device, count_pads)
 
-    def start(self, num_rows: int) -> DecodeState:
-        """An empty state for a batch."""
-        return DecodeState(self.config, num_rows, self.embedding.dtype, self.embedding.device)
+    def start(self, num_rows: int, max_tokens: int) -> DecodeState:
+        """An empty state for a batch whose rows will be fed at most `max_tokens` tokens."""
+        if self._learned is not None:  # more than the table has rows cannot be fed
+            max_tokens = min(max_tokens, self.config.max_position_embeddings)
+        return DecodeState(self.config, num_rows, max_tokens, self.embedding.dtype, self.embedding.device)
 
     def step(
         self,
@@ -187,6 +211,7 @@ class Decoder:
             )
         config = self.config
         by_head = (tokens.shape[0], config.num_heads, config.head_dim)
+        state.begin_step()
         state.num_counted += tokens != config.pad_token_id if config.pad_token_id is not None else 1
 
         x = self.embedding[tokens] * self.embed_scale  # [rows, width]

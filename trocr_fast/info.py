@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from trocr_fast import __version__
+from trocr_fast import __version__, _csrc
 from trocr_fast.trocr import TrOCR
 
 
@@ -16,6 +16,7 @@ def describe(ocr: TrOCR) -> Iterator[tuple[str, str]]:
     yield "torch", torch.__version__
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield "CUDA devices", ", ".join(names) or "none"
+    yield "built for", {"cpu": "CPU only", "cuda": "CPU and CUDA"}[_csrc.BUILD]
     yield "CPU threads", str(torch.get_num_threads())
 
     model, config = ocr.model, ocr.model.config

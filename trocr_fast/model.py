@@ -94,7 +94,7 @@ class Model:
             return []
         return greedy_search(
             step,
-            self.decoder.start(len(pixels)),
+            self.decoder.start(len(pixels), max_length),
             self.encode(pixels),
             len(pixels),
             generation.decoder_start_token_id,

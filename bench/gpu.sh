@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, for a machine with system Python and PyTorch and no network:
+#
+#     bash bench/gpu.sh tests   OUTDIR    the tests marked gpu, and compute-sanitizer on the small ones of the cache
+#     bash bench/gpu.sh kernels OUTDIR    native device code (later: Triton kernels) against the memory's speed
+#     bash bench/gpu.sh engine  OUTDIR    what decoding takes on this device
+#
+# Each stage takes under nine minutes and writes as it goes, so that a run cut short leaves what it had. OUTDIR gets at
+# most eight files; JSON among them belongs into bench/results/.
+set -uo pipefail
+stage=${1:?"expected tests, kernels or engine"}
+out=$(realpath -m "${2:?"expected a folder for the results"}")
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+exec > >(tee "$out/$stage.log") 2>&1
+
+run() { # SECONDS COMMAND...: the command under a time limit; says how it ended, and goes on
+  local limit=$1 start=$SECONDS
+  shift
+  echo "== $*"
+  timeout --kill-after=10 "$limit" "$@"
+  local code=$?
+  echo "== exit $code after $((SECONDS - start)) s"
+  [ $code -eq 0 ] || failed=1
+}
+
+failed=0
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+run 120 env TROCR_FAST_CUDA=1 TROCR_FAST_CUDA_ARCHITECTURES="${TROCR_FAST_CUDA_ARCHITECTURES:-90}" \
+  python3 -m pip install --quiet --break-system-packages --no-build-isolation --no-deps --editable .
+export PYTHONPATH=$PWD
+python3 -c "from trocr_fast import _csrc; print('build:', _csrc.BUILD)"
+
+case $stage in
+  tests)
+    run 240 python3 -m pytest -m gpu -p no:cacheprovider --junit-xml="$out/tests.xml" \
+      tests/csrc tests/kernels tests/parity tests/test_paged_cache.py
+    for tool in memcheck racecheck; do
+      run 80 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        python3 -m pytest -m gpu -p no:cacheprovider -x tests/test_paged_cache.py -k "padding or shared or swapped"
+    done
+    ;;
+  kernels)
+    run 180 python3 -m bench.paged_cache
+    cp bench/results/paged_cache_gpu.json "$out/"
+    ;;
+  engine)
+    run 240 python3 -m bench.cross_memory
+    cp bench/results/cross_memory_gpu.json "$out/"
+    ;;
+  *)
+    echo "stage: expected tests, kernels or engine, got $stage"
+    exit 2
+    ;;
+esac
+exit $failed

@@ -1,0 +1,85 @@
+"""The C++/CUDA extension `trocr_fast._csrc`; everything else about the package is in pyproject.toml.
+
+Settings, as environment variables:
+    TROCR_FAST_CUDA              1: build the CUDA part, an error without nvcc. 0: don't. Unset: if nvcc is there.
+    TROCR_FAST_CUDA_ARCHITECTURES  by default "80;86;89;90": compute capabilities; the last one is kept as PTX too.
+    CUDA_HOME                    where bin/nvcc is looked for before PATH.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pybind11
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+SOURCES = ["csrc/block_allocator.cpp", "csrc/paged_cache.cpp", "csrc/kv_memory_cpu.cpp", "csrc/bindings.cpp"]
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror", "-isystem", pybind11.get_include()]
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None if the CUDA part is not to be built."""
+    wanted = os.environ.get("TROCR_FAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"TROCR_FAST_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        raise SystemExit("TROCR_FAST_CUDA=1: expected nvcc in CUDA_HOME/bin or on PATH, found none")
+    return nvcc
+
+
+def runtime_folders(nvcc: str) -> list[str]:
+    """Where this nvcc keeps libcudart_static.a; nvcc itself may be a script somewhere else that calls the real one."""
+    shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    [top] = [line.removeprefix("#$ TOP=") for line in shown.stderr.splitlines() if line.startswith("#$ TOP=")]
+    folders = [Path(top, *parts) for parts in (("lib64",), ("lib",), ("targets", f"{platform.machine()}-linux", "lib"))]
+    found = [str(folder) for folder in folders if (folder / "libcudart_static.a").exists()]
+    if not found:
+        raise SystemExit(f"{nvcc}: expected libcudart_static.a in one of {', '.join(map(str, folders))}, found none")
+    return found
+
+
+def architectures() -> list[str]:
+    """-gencode options: machine code for each architecture, and PTX of the last for newer chips."""
+    value = os.environ.get("TROCR_FAST_CUDA_ARCHITECTURES", "80;86;89;90")
+    names = [name.strip() for name in value.split(";")]
+    if not all(name.removesuffix("a").isdigit() for name in names):
+        raise SystemExit(f"TROCR_FAST_CUDA_ARCHITECTURES: expected numbers such as 80;90, got {value!r}")
+    codes = [f"arch=compute_{name},code=sm_{name}" for name in names]
+    codes.append(f"arch=compute_{names[-1]},code=compute_{names[-1]}")
+    return [option for code in codes for option in ("-gencode", code)]
+
+
+class BuildExtension(build_ext):
+    """Compiles the .cu file with nvcc, which setuptools does not know, and links it with the rest."""
+
+    def build_extension(self, extension: Pybind11Extension) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            extension.sources.append("csrc/kv_memory_no_cuda.cpp")
+            print("building trocr_fast._csrc: CPU only")
+        else:
+            folder = Path(self.build_temp)
+            folder.mkdir(parents=True, exist_ok=True)
+            compiled = folder / "kv_memory_cuda.o"
+            options = ["-std=c++17", "-O3", "-cudart", "static", "--threads", "0", "-Werror", "all-warnings"]
+            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror"]
+            print("building trocr_fast._csrc: CUDA")
+            subprocess.run(
+                [nvcc, *options, *host, *architectures(), "-c", "csrc/kv_memory_cuda.cu", "-o", str(compiled)],
+                check=True,
+            )
+            extension.extra_objects.append(str(compiled))
+            extension.library_dirs += runtime_folders(nvcc)
+            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        super().build_extension(extension)
+
+
+extension = Pybind11Extension("trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=["-O2", *WARNINGS])
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,153 @@
+"""The paged cache as the engine uses it: PagedKV with and without native device code, StepBuffers, growing."""
+
+import numpy as np
+import pytest
+import torch
+
+from trocr_fast.checkpoint import BUILTIN
+from trocr_fast.config import CheckpointConfig
+from trocr_fast.decoder import FIRST_TOKENS, DecodeState
+from trocr_fast.paged_cache import OutOfBlocks, PagedKV, StepBuffers
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAYERS, HEADS, HEAD_DIM = 3, 2, 5
+
+
+def make(device: str = "cpu", block_size: int = 4, num_blocks: int = 40, native: bool = True) -> PagedKV:
+    kv = PagedKV(LAYERS, HEADS, HEAD_DIM, num_blocks, 64, torch.float32, torch.device(device), block_size)
+    kv.memory.fill_(float("nan"))
+    if not native:
+        kv._native = None
+    return kv
+
+
+def fill(kv: PagedKV, sequences: np.ndarray, num_tokens: int, seed: int) -> torch.Tensor:
+    """Append random tokens; what was written, [sequences, layers, 2, tokens, heads, head_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(sequences), LAYERS, 2, num_tokens, HEADS, HEAD_DIM, generator=generator)
+    values = values.to(kv.memory.device)
+    slots = torch.from_numpy(kv.reserve(sequences, num_tokens)).to(kv.memory.device)
+    for layer in range(LAYERS):
+        k, v = (values[:, layer, side].reshape(-1, HEADS, HEAD_DIM) for side in (0, 1))
+        kv.write(layer, k, v, slots)
+    return values
+
+
+def read(kv: PagedKV, sequences: np.ndarray, num_keys: int) -> torch.Tensor:
+    """Everything of all layers, [sequences, layers, 2, keys, heads, head_dim]."""
+    buffers = StepBuffers(len(sequences), kv.cache.max_blocks, kv.memory.device)
+    buffers.fill(kv.cache, sequences, np.full(len(sequences), -1))
+    out = kv.memory.new_full((len(sequences), LAYERS, 2, HEADS, num_keys, HEAD_DIM), float("nan"))
+    for layer in range(LAYERS):
+        k, v = (out.new_full((len(sequences), HEADS, num_keys, HEAD_DIM), float("nan")) for _ in range(2))
+        kv.gather(layer, buffers.block_tables, buffers.context_lens, k, v)
+        out[:, layer, 0], out[:, layer, 1] = k, v
+    return out.transpose(3, 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_shared_beginnings_and_own_endings(device: str, native: bool, block_size: int) -> None:
+    kv = make(device, block_size, native=native)
+    parent = kv.cache.add()
+    begun = fill(kv, np.array([parent]), 6, seed=1)
+    pair = np.array([parent, kv.cache.fork(parent)])
+    ended = fill(kv, pair, 3, seed=2)
+    found = read(kv, pair, 11)
+    torch.testing.assert_close(found[:, :, :, :6], begun.expand(2, -1, -1, -1, -1, -1), rtol=0, atol=0)
+    torch.testing.assert_close(found[:, :, :, 6:9], ended, rtol=0, atol=0)
+    assert (found[:, :, :, 9:] == 0).all()  # after a row's end
+    kv.cache.check_integrity()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_a_padding_slot_writes_nothing(device: str, native: bool) -> None:
+    kv = make(device, native=native)
+    k = torch.ones(2, HEADS, HEAD_DIM, device=device)
+    kv.write(1, k, k, torch.tensor([-1, 7], device=device))
+    assert (~kv.memory.isnan()).sum() == 2 * HEADS * HEAD_DIM
+    assert (kv.memory[1, 1, :, 3] == 1).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_swapped_sequences_come_back_with_the_same_bytes_and_still_share(device: str, native: bool) -> None:
+    kv = make(device, block_size=4, native=native)
+    other = kv.cache.add()
+    kept = fill(kv, np.array([other]), 5, seed=3)
+    parent = kv.cache.add()
+    fill(kv, np.array([parent]), 8, seed=4)
+    pair = np.array([parent, kv.cache.fork(parent)])
+    fill(kv, pair, 2, seed=5)
+    before, used = read(kv, pair, 10), kv.cache.num_used
+
+    swapped = kv.swap_out(pair)
+    assert len(swapped.host) == 4  # two shared blocks, and one of each sequence
+    assert kv.cache.num_used == used - 4
+    free = [block for block in range(kv.cache.num_blocks) if block not in kv.cache.table(other)]
+    kv.memory[free] = float("nan")
+    back = kv.swap_in(swapped)
+    assert kv.cache.num_used == used
+    torch.testing.assert_close(read(kv, back, 10), before, rtol=0, atol=0)
+    torch.testing.assert_close(read(kv, np.array([other]), 5), kept, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"sequence {parent}: expected one of the 3 live sequences"):
+        kv.cache.length(parent)
+
+
+def test_out_of_blocks_changes_nothing_and_growing_helps() -> None:
+    kv = make(block_size=4, num_blocks=4)
+    sequences = np.array([kv.cache.add(), kv.cache.add()])
+    held = fill(kv, sequences, 7, seed=6)
+    with pytest.raises(OutOfBlocks, match="2 sequences need 2 blocks, 0 of 4 are free"):
+        kv.reserve(sequences, 2)
+    torch.testing.assert_close(read(kv, sequences, 7), held, rtol=0, atol=0)
+    kv.grow(6)
+    assert kv.memory.shape[0] == 6
+    more = fill(kv, sequences, 2, seed=7)
+    torch.testing.assert_close(read(kv, sequences, 9), torch.cat([held, more], dim=3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_buffers_stay_where_they_are_and_hold_the_last_step(device: str) -> None:
+    kv = make(device, block_size=2)
+    buffers = StepBuffers(5, kv.cache.max_blocks, torch.device(device))
+    places = [tensor.data_ptr() for tensor in (buffers.slot_mapping, buffers.context_lens, buffers.block_tables)]
+    sequences = np.array([kv.cache.add() for _ in range(4)])
+    for step in range(9):  # more than the ring is deep
+        sequences = sequences[:3] if step == 6 else sequences
+        slots = kv.reserve(sequences)
+        buffers.fill(kv.cache, sequences, slots)
+        rows = len(sequences)
+        assert buffers.slot_mapping.tolist() == [*slots.tolist(), *[-1] * (5 - rows)]
+        assert buffers.context_lens.tolist() == [step + 1] * rows + [0] * (5 - rows)
+        for row, sequence in enumerate(sequences):
+            table = kv.cache.table(sequence)
+            assert buffers.block_tables[row, : len(table)].tolist() == table.tolist()
+    now = [tensor.data_ptr() for tensor in (buffers.slot_mapping, buffers.context_lens, buffers.block_tables)]
+    assert now == places
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decode_state_grows_and_loses_rows_like_a_dense_cache(device: str) -> None:
+    config = CheckpointConfig.from_folder(BUILTIN).decoder
+    layers, heads, head_dim = config.num_layers, config.num_heads, config.head_dim
+    num_tokens, rows = 3 * FIRST_TOKENS, 4
+    state = DecodeState(config, rows, num_tokens, torch.float32, torch.device(device))
+    values = torch.randn(num_tokens, layers, 2, rows, heads, head_dim, device=device)
+    live = list(range(rows))
+    for step in range(num_tokens):
+        if step in (5, 60):  # a row in the middle leaves; the last takes its place
+            state.remove(1)
+            live[1] = live[-1]
+            live.pop()
+        state.begin_step()
+        for layer in range(layers):
+            k, v = values[step, layer, :, live]
+            keys, cached = state.append(layer, k, v)
+            expected = values[: step + 1, layer][:, :, live].permute(1, 2, 3, 0, 4)  # [2, rows, heads, steps, head_dim]
+            assert torch.equal(keys, expected[0]) and torch.equal(cached, expected[1])
+        state.length += 1
+    state._kv.cache.check_integrity()
+    assert state._kv.cache.num_used == len(live) * num_tokens

@@ -1,0 +1,240 @@
+"""Self-attention keys and values of many sequences, in blocks that they can join, leave and share without copies.
+
+Who owns which block is decided by `csrc/paged_cache.h`, bytes are moved by `csrc/kv_memory.h`; the memory itself is a
+torch tensor, so that it shows in torch's own statistics. Here the two are put together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trocr_fast import _csrc
+from trocr_fast._csrc import OutOfBlocks
+
+__all__ = ["BLOCK_SIZE", "OutOfBlocks", "PagedKV", "StepBuffers", "Swapped"]
+
+# A line has some eleven tokens: in larger blocks most of it would lie in a part-filled one, which every beam step would
+# have to copy (docs/decisions.md).
+BLOCK_SIZE = 1
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Sequences whose blocks were moved to host memory, in the order in which they come back."""
+
+    detached: _csrc.Detached
+    host: Tensor  # [blocks, layers, 2, block_size, heads, head_dim], pinned if they came from a GPU
+
+
+class PagedKV:
+    """Blocks of keys and values, and the sequences that hold them.
+
+    Args:
+        num_layers, num_heads, head_dim: of the decoder.
+        num_blocks: blocks to begin with.
+        max_tokens: of one sequence.
+        block_size: tokens a block, a power of two from 1 to 64.
+        dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: any of the sizes, named.
+
+    Used by one thread at a time. Work on a GPU is enqueued on the current stream.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        self.cache = _csrc.PagedCache(num_blocks, block_size, -(-max_tokens // max(block_size, 1)))
+        # Blocks first, so that a block is copied or swapped in one piece (csrc/kv_memory.h).
+        self._block_shape = (num_layers, 2, block_size, num_heads, head_dim)
+        self._bind(torch.empty((num_blocks, *self._block_shape), dtype=dtype, device=device))
+
+    def _bind(self, memory: Tensor) -> None:
+        self.memory = memory  # [blocks, layers, 2, block_size, heads, head_dim]
+        native = memory.device.type == "cpu" or _csrc.BUILD == "cuda"
+        self._native = _csrc.KVMemory(memory) if native else None
+
+    @property
+    def _stream(self) -> int:
+        on_gpu = self.memory.device.type == "cuda"
+        return torch.cuda.current_stream(self.memory.device).cuda_stream if on_gpu else 0
+
+    def grow(self, num_blocks: int) -> None:
+        """Have `num_blocks` blocks, the present ones with their content among them.
+
+        Raises:
+            ValueError: fewer than now.
+        """
+        self.cache.grow(num_blocks)
+        memory = self.memory.new_empty((num_blocks, *self._block_shape))
+        memory[: self.memory.shape[0]] = self.memory
+        self._bind(memory)
+
+    def reserve(self, sequences: np.ndarray, num_tokens: int | np.ndarray = 1) -> np.ndarray:
+        """Room for more tokens of each sequence, for all or for none.
+
+        Args:
+            sequences: int64 [sequences], each once.
+            num_tokens: of each, or int64 [sequences].
+
+        Returns:
+            int64 slot of every new token, sequence by sequence. Blocks that were shared and part-filled are copied.
+
+        Raises:
+            OutOfBlocks: nothing has changed.
+            ValueError: an unknown sequence, or one that would outgrow `max_tokens`; nothing has changed.
+        """
+        slot_mapping, copies = self.cache.reserve(sequences, num_tokens)
+        if len(copies):
+            self.copy_blocks(torch.from_numpy(copies))
+        return slot_mapping
+
+    def copy_blocks(self, pairs: Tensor) -> None:
+        """Copy whole blocks; pairs int32 [pairs, (source, destination)]."""
+        pairs = pairs.to(self.memory.device)
+        if self._native:
+            self._native.copy_blocks(pairs, self._stream)
+        else:
+            self.memory[pairs[:, 1].long()] = self.memory[pairs[:, 0].long()]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        """Store keys and values of new tokens.
+
+        Args:
+            k, v: [tokens, heads, head_dim]; the first stride is free.
+            slot_mapping: int64 [tokens]; -1 writes nothing.
+
+        Raises:
+            ValueError: a wrong shape, dtype, stride or device, by name; on a CPU also a slot outside the memory.
+        """
+        if self._native:
+            self._native.write(layer, k, v, slot_mapping, self._stream)
+            return
+        real = slot_mapping >= 0
+        block_size = self._block_shape[2]
+        block, offset = slot_mapping[real] // block_size, slot_mapping[real] % block_size
+        self.memory[block, layer, 0, offset] = k[real]
+        self.memory[block, layer, 1, offset] = v[real]
+
+    def gather(self, layer: int, block_tables: Tensor, context_lens: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keys and values of rows side by side, zeros after a row's end.
+
+        Args:
+            block_tables: int32 [rows, max_blocks].
+            context_lens: int32 [rows], tokens of each row.
+            k, v: [rows, heads, keys, head_dim], written.
+
+        Raises:
+            ValueError: as for `write`.
+        """
+        if self._native:
+            self._native.gather(layer, block_tables, context_lens, k, v, self._stream)
+            return
+        num_keys = k.shape[2]
+        tokens = torch.arange(num_keys, device=k.device)
+        beyond = tokens >= context_lens.unsqueeze(1)  # [rows, keys]
+        block_size = self._block_shape[2]
+        blocks = block_tables[:, tokens // block_size].long().masked_fill(beyond, 0)
+        for side, out in ((0, k), (1, v)):
+            values = self.memory[blocks, layer, side, tokens % block_size]  # [rows, keys, heads, head_dim]
+            out.copy_(values.masked_fill(beyond[..., None, None], 0).transpose(1, 2))
+
+    def swap_out(self, sequences: np.ndarray) -> Swapped:
+        """Move sequences to host memory and free their blocks; what they share among each other stays shared.
+
+        On a GPU the copy is only enqueued: host memory holds the bytes once the stream got there.
+
+        Raises:
+            ValueError: an unknown sequence.
+        """
+        detached, blocks = self.cache.detach(sequences)
+        on_gpu = self.memory.device.type == "cuda"
+        host = torch.empty((len(blocks), *self._block_shape), dtype=self.memory.dtype, pin_memory=on_gpu)
+        if self._native:
+            self._native.swap_out(blocks, host, self._stream)
+        else:
+            host.copy_(self.memory[torch.from_numpy(blocks).long().to(self.memory.device)], non_blocking=True)
+        return Swapped(detached, host)
+
+    def swap_in(self, swapped: Swapped) -> np.ndarray:
+        """Bring sequences back with the same bytes; their new ids, int64 [sequences].
+
+        `swapped.host` must live until the stream got there.
+
+        Raises:
+            OutOfBlocks: nothing has changed.
+        """
+        sequences, blocks = self.cache.attach(swapped.detached)
+        if self._native:
+            self._native.swap_in(blocks, swapped.host, self._stream)
+        else:
+            target = torch.from_numpy(blocks).long().to(self.memory.device)
+            self.memory[target] = swapped.host.to(self.memory.device, non_blocking=True)
+        return sequences
+
+
+class StepBuffers:
+    """What a decode step reads of the cache, in device buffers that never move.
+
+    A step's tables, lengths and slots are filled on the host and go to the device in one copy, which a captured graph
+    can follow. The host side is a ring of pinned buffers; one is used again only when its copy has been made, so that
+    the host may be steps ahead and yet never waits in the usual case.
+
+    Args:
+        max_rows, max_blocks: of the largest step.
+        depth: host buffers of the ring.
+    """
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device, depth: int = 3) -> None:
+        self._max_rows, self._max_blocks = max_rows, max_blocks
+        num_bytes = max_rows * (8 + 4 + 4 * max_blocks)
+        self._device_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self.slot_mapping, self.context_lens, self.block_tables = self._views(self._device_bytes)
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._ring = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(depth)]
+            self._copied: list[torch.cuda.Event | None] = [None] * depth
+        self._step = 0
+
+    def _views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots int64 [rows], lengths int32 [rows] and tables int32 [rows, blocks], widest first to be aligned."""
+        rows = self._max_rows
+        slots, lengths, tables = buffer.split([8 * rows, 4 * rows, 4 * rows * self._max_blocks])
+        return slots.view(torch.int64), lengths.view(torch.int32), tables.view(torch.int32).view(rows, self._max_blocks)
+
+    def fill(self, cache: _csrc.PagedCache, sequences: Sequence[int] | np.ndarray, slot_mapping: np.ndarray) -> None:
+        """Set the buffers for a step of these rows; rows behind them get length 0 and slot -1.
+
+        Args:
+            sequences: int64 [rows].
+            slot_mapping: int64 [rows], of the token that the step appends.
+        """
+        place = self._step % len(self._ring) if self._on_gpu else 0
+        self._step += 1
+        if self._on_gpu:
+            event = self._copied[place]
+            if event is not None:
+                event.synchronize()
+        host = self._ring[place] if self._on_gpu else self._device_bytes
+        slots, lengths, tables = self._views(host)
+        rows = len(sequences)
+        cache.fill_tables(sequences, tables.numpy(), lengths.numpy())
+        slots.numpy()[:rows] = slot_mapping
+        slots[rows:], lengths[rows:] = -1, 0
+        if self._on_gpu:
+            self._device_bytes.copy_(host, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._copied[place] = copied
