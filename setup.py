@@ -81,5 +81,6 @@ class BuildExtension(build_ext):
         super().build_extension(extension)
 
 
-extension = Pybind11Extension("trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=["-O2", *WARNINGS])
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    extension = Pybind11Extension("trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=["-O2", *WARNINGS])
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -60,6 +60,7 @@ void gather(const KVMemory& memory, std::int64_t layer, const Rows& rows, unsign
       require_block(memory, rows.block_tables[row * rows.table_stride + t / memory.block_size]);
     }
   }
+  if (rows.num_keys == 0) return;  // k and v may be null then
   const std::int64_t head = memory.head_bytes();
   for (std::int64_t row = 0; row < rows.num_rows; ++row) {
     const std::int32_t* table = rows.block_tables + row * rows.table_stride;

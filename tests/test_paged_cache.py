@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from trocr_fast import _csrc
 from trocr_fast.checkpoint import BUILTIN
 from trocr_fast.config import CheckpointConfig
 from trocr_fast.decoder import FIRST_TOKENS, DecodeState
@@ -151,3 +152,39 @@ def test_decode_state_grows_and_loses_rows_like_a_dense_cache(device: str) -> No
         state.length += 1
     state._kv.cache.check_integrity()
     assert state._kv.cache.num_used == len(live) * num_tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_beams_permuted_on_the_device_and_replayed_on_the_host_a_step_late(device: str, block_size: int) -> None:
+    # The host launches a step before it knows the parents that the step before has chosen: it reserves room for every
+    # row, the device puts its table in the parents' order, and the host does the same to its own when it hears of them.
+    lines, beams, steps = 5, 4, 12
+    rows, max_blocks = lines * beams, 2 * steps
+    rng = np.random.default_rng(0)
+    cache = _csrc.PagedCache(4 * rows * steps, block_size, max_blocks)
+    firsts = [cache.add() for _ in range(lines)]
+    sequences = np.array([beam for first in firsts for beam in [first, *(cache.fork(first) for _ in range(beams - 1))]])
+    table = torch.full((rows, max_blocks), -1, dtype=torch.int32, device=device)
+    spare = table.clone()
+    history: list[list[int]] = [[] for _ in range(rows)]  # the slots that each beam really consists of
+    parents = None
+    for step in range(steps):
+        # a block a token, as late beams need; the other slots of larger blocks stay empty here
+        slots = cache.reserve(sequences, block_size)[0].reshape(rows, block_size)
+        blocks = torch.from_numpy(slots[:, 0] // block_size).int().to(device)
+        table[:, step] = blocks
+        if parents is not None:
+            prefix = torch.full((rows,), step, dtype=torch.int32, device=device)
+            stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+            _csrc.permute_tables(table, spare, torch.from_numpy(parents).to(device), prefix, stream)
+            table, spare = spare, table
+            history = [list(history[parent]) for parent in parents]
+            cache.permute(sequences, parents, block_size)  # a step late: `step` is already reserved
+        for row, block in enumerate(blocks.tolist()):
+            history[row].append(block)
+        cache.check_integrity()
+        assert table[:, : step + 1].tolist() == history
+        assert [cache.table(sequence).tolist() for sequence in sequences] == history
+        parents = np.repeat(np.arange(lines) * beams, beams) + rng.integers(0, beams, rows)
+    assert cache.num_used < rows * steps  # beams that no other beam went on from were freed

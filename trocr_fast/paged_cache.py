@@ -102,8 +102,9 @@ class PagedKV:
         return slot_mapping
 
     def copy_blocks(self, pairs: Tensor) -> None:
-        """Copy whole blocks; pairs int32 [pairs, (source, destination)]."""
-        pairs = pairs.to(self.memory.device)
+        """Copy whole blocks; pairs int32 [pairs, (source, destination)], on the host."""
+        if self.memory.device.type == "cuda":  # from pinned memory, so that the host does not wait for the stream
+            pairs = pairs.pin_memory().to(self.memory.device, non_blocking=True)
         if self._native:
             self._native.copy_blocks(pairs, self._stream)
         else:

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Replays the same random calls of the paged cache each time, under AddressSanitizer with UndefinedBehaviorSanitizer
+# and, with several threads, under ThreadSanitizer. Needs the extension to be built; CXX is the compiler, g++ by default.
+set -eu
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-.venv/bin/python}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+"$python" -m tests.csrc.cache_machine "$folder/traces"
+
+build() { # NAME OPTION...
+    name=$1
+    shift
+    "${CXX:-g++}" -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wshadow -Wconversion -Werror "$@" \
+        csrc/block_allocator.cpp csrc/paged_cache.cpp csrc/kv_memory_cpu.cpp csrc/kv_memory_no_cuda.cpp \
+        tests/csrc/replay.cpp -pthread -o "$folder/$name"
+}
+
+echo "AddressSanitizer, UndefinedBehaviorSanitizer"
+# With the library's own checks: an index past the end of a vector's elements but within its memory is one too.
+build address -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS
+ASAN_OPTIONS=detect_leaks=1 "$folder/address" "$folder"/traces/*.trace
+
+echo "ThreadSanitizer"
+build thread -fsanitize=thread
+TSAN_OPTIONS=halt_on_error=1 "$folder/thread" --threads 3 "$folder"/traces/*.trace
