@@ -23,22 +23,30 @@ from trocr_fast import TrOCR
 from trocr_fast.metrics import Score, evaluate, find_truths, require_jiwer
 from trocr_fast.sources import find_pictures
 
-CONFIDENCE_BINS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
-LINE_BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
-THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
+BINS = {
+    "confidence": (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0),
+    "line_chance": (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0),
+}
+THRESHOLDS = {
+    "confidence": (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99),
+    "line_chance": (0.01, 0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9),
+}
 REVIEWED = 0.1  # share of lines that somebody looks at, the least confident first
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of one set of pictures."""
+    """What was read of one set of pictures.
+
+    `sure` holds by name what the model says of each line: its confidence, which is a mean over the tokens, and the
+    chance that the whole line is right, which is the product. `right` are the lines without one wrong character.
+    """
 
     score: Score
     texts: list[tuple[str, str]]  # what is on the picture, what was read
-    confidence: np.ndarray  # [lines]
-    tokens: np.ndarray  # [lines] generated tokens, the end token included
-    right: np.ndarray  # [lines] without one wrong character
+    sure: dict[str, np.ndarray]  # [lines] each
+    right: np.ndarray  # [lines]
     truncated: np.ndarray  # [lines]
     seconds: float
 
@@ -56,11 +64,12 @@ def read(ocr: TrOCR, path: str) -> Reading:
             raise ValueError(f"{line.path}: {line.error}")
     found = evaluate([truth.text for truth in truths], lines, num_worst=len(lines))
     wrong = {row.path for row in found.worst}
+    confidence = np.array([line.confidence for line in lines])
+    tokens = np.array([len(line.token_ids) - 1 for line in lines])  # the end token included
     return Reading(
         score=found.score,
         texts=[(truth.text, line.text or "") for truth, line in zip(truths, lines, strict=True)],
-        confidence=np.array([line.confidence for line in lines]),
-        tokens=np.array([len(line.token_ids) - 1 for line in lines]),
+        sure={"confidence": confidence, "line_chance": confidence**tokens},
         right=np.array([line.path not in wrong for line in lines]),
         truncated=np.array([line.truncated for line in lines]),
         seconds=seconds,
@@ -68,10 +77,9 @@ def read(ocr: TrOCR, path: str) -> Reading:
 
 
 def summary(reading: Reading) -> dict[str, Any]:
-    """CER, speed, and how the confidence is spread."""
-    score, confidence = reading.score, reading.confidence
-    quantiles = np.quantile(confidence, (0.05, 0.5, 0.95))
-    return {
+    """CER, speed, and how sure the model was."""
+    score = reading.score
+    found: dict[str, Any] = {
         "lines": score.num_lines,
         "characters": score.num_characters,
         "cer": _round(score.cer) if score.num_characters else None,
@@ -79,12 +87,12 @@ def summary(reading: Reading) -> dict[str, Any]:
         "exact": _round(reading.right.mean()),
         "truncated": _round(reading.truncated.mean()),
         "lines_per_s": round(score.num_lines / reading.seconds, 1),
-        "confidence": {
-            "mean": _round(confidence.mean()),
-            **{name: _round(q) for name, q in zip(("p5", "median", "p95"), quantiles, strict=True)},
-        },
-        "below": {str(threshold): _round((confidence < threshold).mean()) for threshold in THRESHOLDS},
     }
+    for name, values in reading.sure.items():
+        p5, median, p95 = (_round(value) for value in np.quantile(values, (0.05, 0.5, 0.95)))
+        below = {str(threshold): _round((values < threshold).mean()) for threshold in THRESHOLDS[name]}
+        found[name] = {"p5": p5, "median": median, "p95": p95, "below": below}
+    return found
 
 
 def calibration(predicted: np.ndarray, right: np.ndarray, edges: Sequence[float]) -> dict[str, Any]:
@@ -126,10 +134,10 @@ def ranking(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     }
 
 
-def review(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+def review(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float]) -> list[dict[str, Any]]:
     """What one gets by looking at every line below a threshold."""
     rows = []
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         below = confidence < threshold
         rows.append(
             {
@@ -159,47 +167,42 @@ def confusions(texts: list[tuple[str, str]], count: int = 12) -> dict[str, int]:
 
 
 def judged(reading: Reading) -> dict[str, Any]:
-    """Everything about a set that the model is made for."""
-    whole = reading.confidence**reading.tokens  # the model's probability of the whole line, if tokens were independent
-    return {
-        **summary(reading),
-        "calibration": {
-            "confidence": calibration(reading.confidence, reading.right, CONFIDENCE_BINS),
-            "confidence ** tokens": calibration(whole, reading.right, LINE_BINS),
-        },
-        "ranking": {
-            "confidence": ranking(reading.confidence, reading.right),
-            "confidence ** tokens": ranking(whole, reading.right),
-        },
-        "review": review(reading.confidence, reading.right),
-        "confusions": confusions(reading.texts),
-    }
+    """The summary of a set that the model is made for, and how well it knows its mistakes."""
+    found = summary(reading)
+    for name, values in reading.sure.items():
+        found[name] |= {
+            "calibration": calibration(values, reading.right, BINS[name]),
+            "ranking": ranking(values, reading.right),
+            "review": review(values, reading.right, THRESHOLDS[name]),
+        }
+    return found | {"confusions": confusions(reading.texts)}
 
 
 def show(name: str, found: dict[str, Any]) -> None:
     """The tables of one set."""
-    spread, cer = found["confidence"], "" if found["cer"] is None else f"CER {found['cer']:.2%}  "
+    rates = "" if found["cer"] is None else f"CER {found['cer']:.2%}  WER {found['wer']:.2%}  "
     print(
-        f"\n{name}: {found['lines']} lines  {cer}exact {found['exact']:.1%}  truncated {found['truncated']:.1%}  "
-        f"{found['lines_per_s']} lines/s\n  confidence: 5 % below {spread['p5']:.3f}, median {spread['median']:.3f}, "
-        f"5 % above {spread['p95']:.3f}"
+        f"\n{name}: {found['lines']} lines  {rates}exact {found['exact']:.1%}  truncated {found['truncated']:.1%}  "
+        f"{found['lines_per_s']} lines/s"
     )
-    if "review" not in found:
-        print("  below  " + "  ".join(f"{threshold}: {share:.0%}" for threshold, share in found["below"].items()))
-        return
-    for kind in ("confidence", "confidence ** tokens"):
-        table, order = found["calibration"][kind], found["ranking"][kind]
-        print(f"  {kind}: ECE {table['ece']:.3f}, {', '.join(f'{key} {value}' for key, value in order.items())}")
-        for row in table["bins"]:
+    for kind in BINS:
+        part = found[kind]
+        print(f"  {kind}: 5 % below {part['p5']:.3f}, median {part['median']:.3f}, 5 % above {part['p95']:.3f}")
+        if "review" not in part:
+            print("    below  " + "  ".join(f"{threshold}: {share:.0%}" for threshold, share in part["below"].items()))
+            continue
+        print(f"    ECE {part['calibration']['ece']:.3f}, {', '.join(f'{k} {v}' for k, v in part['ranking'].items())}")
+        for row in part["calibration"]["bins"]:
             print(
                 f"    {row['from']:.3f} to {row['to']:.3f}: {row['lines']:>5} lines, mean {row['mean']:.3f}, "
                 f"exact {row['exact']:.1%}"
             )
-    print("  threshold   lines below   wrong lines found   exact of the rest")
-    for row in found["review"]:
-        shares = (row["below"], row["wrong_found"], row["exact_of_the_rest"])
-        print(f"  {row['threshold']:>9}" + "".join(f"{'' if x is None else f'{x:.1%}':>16}" for x in shares))
-    print("  mistakes: " + ", ".join(f"{pair} {n}" for pair, n in found["confusions"].items()))
+        print("    threshold   lines below   wrong lines found   exact of the rest")
+        for row in part["review"]:
+            shares = (row["below"], row["wrong_found"], row["exact_of_the_rest"])
+            print(f"    {row['threshold']:>9}" + "".join(f"{'' if x is None else f'{x:.1%}':>16}" for x in shares))
+    if "confusions" in found:
+        print("  mistakes: " + ", ".join(f"{pair} {n}" for pair, n in found["confusions"].items()))
 
 
 def _round(value: float) -> float:

@@ -19,10 +19,10 @@ from transformers import (
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 BOS, PAD, EOS, UNK = range(4)
 VOCABULARY = {token: index for index, token in enumerate(SPECIAL + list(ALPHABET))}
-IMAGE_SIZE = (32, 384)  # height, width
-PATCH_SIZE = (32, 6)  # a column of the whole height, so the tokens run along the line
+IMAGE_SIZE = (48, 768)  # height, width
+PATCH_SIZE = (48, 6)  # a column of the whole height, so the tokens run along the line
 MAX_POSITIONS = 128
-MAX_LENGTH = 64  # tokens that generate() may write, start and end included
+MAX_LENGTH = 96  # tokens that generate() may write, start and end included
 
 
 def build(width: int, encoder_layers: int, decoder_layers: int, heads: int) -> VisionEncoderDecoderModel:
@@ -86,6 +86,24 @@ def sinusoids(count: int, width: int) -> torch.Tensor:
     wavelengths = 6.0 * 100.0 ** (torch.arange(width // 2) / (width // 2))
     angles = torch.arange(count)[:, None] * (2 * math.pi / wavelengths)  # [count, width / 2]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def start_from(model: VisionEncoderDecoderModel, trained: dict[str, torch.Tensor]) -> None:
+    """Give a new model the weights of one trained on a smaller rectangle: same width and layers, same column width.
+
+    The patch projection is stretched to the new height, its sum kept; columns that the old model never had keep the
+    sinusoids they start with. Raises RuntimeError where any other shape differs.
+    """
+    state = dict(trained)
+    name = "encoder.embeddings.patch_embeddings.projection.weight"  # [width, 3, height, columns]
+    old, new = state[name], model.state_dict()[name]
+    stretched = torch.nn.functional.interpolate(old, size=new.shape[2:], mode="bilinear", align_corners=False)
+    state[name] = stretched * (old.shape[2] * old.shape[3] / (new.shape[2] * new.shape[3]))
+    name = "encoder.embeddings.position_embeddings"  # [1, 1 + columns, width]
+    table = model.state_dict()[name].clone()
+    table[:, : state[name].shape[1]] = state[name]
+    state[name] = table
+    model.load_state_dict(state)
 
 
 def processor() -> TrOCRProcessor:

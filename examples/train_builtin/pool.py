@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 SHARD = 1024
-KEEP = 128
+KEEP = 40  # of 113 MB each, so that all of them stay in memory
 
 
 class Pool:

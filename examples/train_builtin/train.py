@@ -26,6 +26,7 @@ from pool import Pool
 from text import MAX_LENGTH
 
 DEV_LINES = 256
+FIRST_LENGTH = 8  # characters; an untrained model aligns on short lines first
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Progress:
     lines: int = 0
     seconds: float = 0.0
     ctc_loss: float = 9.0  # running mean, nats a character
-    max_length: int = 8
+    max_length: int = FIRST_LENGTH
     joint: bool = False  # whether the decoder is trained too
 
 
@@ -77,6 +78,8 @@ class Trainer:
         self.checkpoint = args.work / "checkpoint.pt"
         if self.checkpoint.exists():
             self.load()
+        elif args.start_from:
+            self.start_from(args.start_from)
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, 3, H, W] to states [B, 1 + columns, width], CTC log-probabilities [B, columns, vocabulary]."""
@@ -149,7 +152,7 @@ class Trainer:
             for row in self.encode(pixels)[1].argmax(-1).tolist():
                 best_path.append([a for a, b in zip(row, [shape.PAD, *row], strict=False) if a != b])
             if self.progress.joint and start < 128:
-                generated += self.model.generate(pixels, max_new_tokens=MAX_LENGTH + 2, do_sample=False).tolist()
+                generated += self.model.generate(pixels, do_sample=False).tolist()
         self.model.train()
         result = {"cer_ctc": jiwer.cer(texts, [shape.decode(row) for row in best_path])}
         if generated:
@@ -177,6 +180,14 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         version, internal, gauss = state["random"]
         self.rng.setstate((version, tuple(internal), gauss))
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Begin with the weights of another run, made for shorter lines; its optimiser and its clock stay behind."""
+        state = torch.load(checkpoint, weights_only=True)
+        shape.start_from(self.model, state["model"])
+        self.ctc_head.load_state_dict(state["ctc_head"])
+        done = state["progress"]
+        self.progress = Progress(ctc_loss=done["ctc_loss"], max_length=done["max_length"], joint=done["joint"])
 
     def run(self) -> None:
         args, progress = self.args, self.progress
@@ -224,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--budget-minutes", type=float, required=True, help="training time in all, resumed runs included"
     )
+    parser.add_argument("--start-from", type=Path, help="checkpoint.pt of a run on shorter lines to begin with")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--encoder-layers", type=int, default=5)
     parser.add_argument("--decoder-layers", type=int, default=2)
@@ -236,7 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--grow-below", type=float, default=1.5, help="CTC loss under which lines grow longer")
     parser.add_argument("--joint-below", type=float, default=1.2, help="CTC loss under which the decoder joins")
-    parser.add_argument("--reuse", type=float, default=1.5, help="how often a rendered line is seen")
+    parser.add_argument("--reuse", type=float, default=2.0, help="how often a rendered line is seen")
     parser.add_argument("--degrade", type=float, default=0.7, help="share of spoiled lines; 0 is clean print, 1 rough")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
