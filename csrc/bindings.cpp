@@ -74,9 +74,10 @@ py::tuple reserve(PagedCache& cache, const py::object& sequences, const py::obje
   const std::vector<BlockCopy> copies =
       cache.reserve(ids, counts, {slot_mapping.mutable_data(), static_cast<std::size_t>(total)});
   py::array_t<std::int32_t> pairs({static_cast<py::ssize_t>(copies.size()), py::ssize_t{2}});
-  for (std::size_t i = 0; i < copies.size(); ++i) {
-    pairs.mutable_at(static_cast<py::ssize_t>(i), 0) = copies[i].source;
-    pairs.mutable_at(static_cast<py::ssize_t>(i), 1) = copies[i].destination;
+  std::int32_t* out = pairs.mutable_data();
+  for (const BlockCopy& copy : copies) {
+    *out++ = copy.source;
+    *out++ = copy.destination;
   }
   return py::make_tuple(slot_mapping, pairs);
 }
