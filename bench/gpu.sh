@@ -26,8 +26,10 @@ run() { # SECONDS COMMAND...: the command under a time limit; says how it ended,
 
 failed=0
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+python3 -m pip list 2>/dev/null | grep -iE "^(torch|triton|transformers|setuptools|pybind11) "
 run 120 env TROCR_FAST_CUDA=1 TROCR_FAST_CUDA_ARCHITECTURES="${TROCR_FAST_CUDA_ARCHITECTURES:-90}" \
   python3 -m pip install --quiet --break-system-packages --no-build-isolation --no-deps --editable .
+[ $failed -eq 0 ] || exit 1
 export PYTHONPATH=$PWD
 python3 -c "from trocr_fast import _csrc; print('build:', _csrc.BUILD)"
 
@@ -35,9 +37,13 @@ case $stage in
   tests)
     run 240 python3 -m pytest -m gpu -p no:cacheprovider --junit-xml="$out/tests.xml" \
       tests/csrc tests/kernels tests/parity tests/test_paged_cache.py
+    # Each allocation of its own, or a write past a tensor's end lands in torch's pool unseen. The CUDA kernels of csrc
+    # use no shared memory, which is all that racecheck looks at: it is for the Triton kernels.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-      run 80 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        python3 -m pytest -m gpu -p no:cacheprovider -x tests/test_paged_cache.py -k "padding or shared or swapped"
+      run 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        python3 -m pytest -m gpu -p no:cacheprovider -x tests/csrc/test_kv_memory.py \
+        -k "cuda_leaves or outside or permute_tables"
     done
     ;;
   kernels)

@@ -18,7 +18,7 @@ import torch
 
 from bench import report
 from trocr_fast import _csrc
-from trocr_fast.paged_cache import PagedKV
+from trocr_fast.paged_cache import PagedKV, StepBuffers
 
 LINES, BEAMS = 64, 4
 ROWS = LINES * BEAMS
@@ -112,9 +112,11 @@ def host() -> dict[str, Any]:
         rows = np.array([cache.add() for _ in range(ROWS)])
         python_rows = [python.add() for _ in range(ROWS)]
         tables, lengths = np.zeros((ROWS, 512), np.int32), np.zeros(ROWS, np.int32)
+        buffers, slots = StepBuffers(ROWS, 512, torch.device("cpu")), np.zeros(ROWS, np.int64)
         found[block_size] = {
             "reserve": micros(lambda c=cache, r=rows: c.reserve(r), 300),
             "fill_tables": micros(lambda c=cache, r=rows, t=tables, n=lengths: c.fill_tables(r, t, n), 300),
+            "step_buffers": micros(lambda b=buffers, c=cache, r=rows, s=slots: b.fill(c, r, s), 300),
             "python_reserve": micros(lambda p=python, r=python_rows: p.reserve(r), 300),
         }
     return found
@@ -167,6 +169,7 @@ def dense_beam(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         shape = (ROWS, HEADS, length, HEAD_DIM)
         sides = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * LAYERS)]
         parents = torch.from_numpy(beam_parents(rng)).to(device)
+        synchronize(device)
         start = time.perf_counter_ns()
         sides = [side.index_select(0, parents) for side in sides]
         synchronize(device)
@@ -222,40 +225,41 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_rates(dtype: torch.dtype) -> dict[str, Any]:
-    """GB/s on a GPU, by CUDA events over many launches, and of the swap to pinned memory and back."""
+    """GB/s on a GPU, by CUDA events around ten launches each, far more bytes than its L2 holds."""
     device = torch.device("cuda")
-    kv = PagedKV(LAYERS, HEADS, HEAD_DIM, 8192, 8192, dtype, device, 1)
+    num_slots, num_moved = 65536, 4096
+    kv = PagedKV(LAYERS, HEADS, HEAD_DIM, num_slots, num_slots, dtype, device, 1)
     block_bytes = kv.memory[0].numel() * dtype.itemsize
 
-    def seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    def seconds(work: Callable[[], object], launches: int = 10, repeats: int = 7) -> float:
         work()
         times = []
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            work()
+            for _ in range(launches):
+                work()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            times.append(start.elapsed_time(end) / 1e3 / launches)
         return statistics.median(times)
 
-    order = torch.randperm(8192, device=device)
-    k = torch.randn(4096, HEADS, HEAD_DIM, dtype=dtype, device=device)
-    pairs = order.int().view(4096, 2).contiguous()
-    blocks = np.arange(1024, dtype=np.int32)
-    shuffled = order[:1024].int().cpu().numpy()
-    host = torch.empty((1024, *kv.memory.shape[1:]), dtype=dtype, pin_memory=True)
+    order = torch.randperm(num_slots, device=device)
+    k, v = (torch.randn(num_slots, HEADS, HEAD_DIM, dtype=dtype, device=device) for _ in range(2))
+    pairs = order[: 2 * num_moved].int().view(num_moved, 2).contiguous()
+    neighbours = np.arange(num_moved, dtype=np.int32)
+    shuffled = order[:num_moved].int().cpu().numpy()
+    host = torch.empty((num_moved, *kv.memory.shape[1:]), dtype=dtype, pin_memory=True)
     memory = _csrc.KVMemory(kv.memory)
     stream = torch.cuda.current_stream().cuda_stream
-    slots = order[:4096].contiguous()
-    plain = torch.empty_like(kv.memory[:4096])
+    plain = torch.empty_like(kv.memory[:num_moved])
     moved = {
-        "write": (2 * 2 * k.numel() * dtype.itemsize, lambda: memory.write(0, k, k, slots, stream)),
-        "copy_blocks": (2 * 4096 * block_bytes, lambda: memory.copy_blocks(pairs, stream)),
-        "torch_copy": (2 * 4096 * block_bytes, lambda: plain.copy_(kv.memory[:4096])),
-        "swap_out_neighbours": (1024 * block_bytes, lambda: memory.swap_out(blocks, host, stream)),
-        "swap_out_shuffled": (1024 * block_bytes, lambda: memory.swap_out(shuffled, host, stream)),
-        "swap_in_neighbours": (1024 * block_bytes, lambda: memory.swap_in(blocks, host, stream)),
+        "write": (2 * (k.nbytes + v.nbytes), lambda: memory.write(0, k, v, order, stream)),
+        "copy_blocks": (2 * num_moved * block_bytes, lambda: memory.copy_blocks(pairs, stream)),
+        "torch_copy": (2 * num_moved * block_bytes, lambda: plain.copy_(kv.memory[:num_moved])),
+        "swap_out_neighbours": (num_moved * block_bytes, lambda: memory.swap_out(neighbours, host, stream)),
+        "swap_out_shuffled": (num_moved * block_bytes, lambda: memory.swap_out(shuffled, host, stream)),
+        "swap_in_neighbours": (num_moved * block_bytes, lambda: memory.swap_in(neighbours, host, stream)),
     }
     return {name: round(num_bytes / seconds(work) / 1e9, 1) for name, (num_bytes, work) in moved.items()}
 

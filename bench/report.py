@@ -19,7 +19,7 @@ def circumstances() -> dict[str, Any]:
     """Where and with what a measurement was made."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("TROCR_FAST_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -38,8 +38,11 @@ def write(name: str, measurements: Any) -> Path:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
+    """What git says; nothing where there is no git or no repository (TROCR_FAST_COMMIT tells the commit there)."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -137,8 +137,8 @@ class BoundMemory {
     }
     const NewTokens tokens{k.data(),
                            v.data(),
-                           k.stride(0) * memory_.item_size,
-                           v.stride(0) * memory_.item_size,
+                           slots.size(0) == 1 ? 0 : k.stride(0) * memory_.item_size,  // torch gives 1 any stride
+                           slots.size(0) == 1 ? 0 : v.stride(0) * memory_.item_size,
                            reinterpret_cast<const std::int64_t*>(slots.data()),
                            slots.size(0)};
     run([&] { cpu::write(memory_, layer, tokens); }, [&](cuda::Stream s) { cuda::write(memory_, layer, tokens, s); }, stream);

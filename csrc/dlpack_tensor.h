@@ -1,4 +1,4 @@
-// A tensor of any framework, borrowed through DLPack (https://dmlc.github.io/dlpack/latest/c_api.html).
+// A torch tensor, borrowed through DLPack (https://dmlc.github.io/dlpack/latest/c_api.html).
 //
 // The structures are the protocol's unversioned ABI, which frameworks give unless asked for the versioned one.
 #pragma once

@@ -206,7 +206,7 @@ void PagedCache::drop(SequenceId id) {
   sequence.table.clear();
   sequence.length = 0;
   sequence.live = false;
-  ++sequence.generation;
+  sequence.generation = (sequence.generation + 1) & 0x7fffffff;
   free_sequences_.push_back(static_cast<std::size_t>(id & 0xffffffff));
   --num_sequences_;
 }

@@ -5,7 +5,8 @@
 // shared and not full is copied before one of its sequences writes to it. This class decides and remembers; the bytes
 // are moved by kv_memory.h, in the order: block copies first, then writes.
 //
-// Every call checks all of its arguments and the number of free blocks first and changes nothing if it throws:
+// Every call checks all of its arguments and the number of free blocks first and changes nothing if it throws one of
+// these (after std::bad_alloc, which only the host's own memory can cause, the cache is not to be used any more):
 //   OutOfBlocks            fewer free blocks than needed
 //   std::invalid_argument  anything wrong with an argument, an unknown or released sequence among them
 // Not thread safe: one thread at a time.
@@ -19,7 +20,8 @@
 
 namespace trocr_fast {
 
-// Never given twice: a slot of the sequence table in the low 32 bits, above them how often the slot was used before.
+// A slot of the sequence table in the low 32 bits, above them how often the slot was used before (modulo 2^31): a
+// released id is known for what it is.
 using SequenceId = std::int64_t;
 
 // A run of values that someone else owns (std::span is C++20).

@@ -93,9 +93,11 @@ class DecodeState:
         self.length = 0  # tokens fed
         self.num_counted = torch.zeros(num_rows, dtype=torch.int64, device=device)  # those that are no pad token
         num_blocks = max(1, num_rows * min(max_tokens, FIRST_TOKENS) // BLOCK_SIZE)
+        max_tokens = min(max_tokens, 2**31 - 1)  # what a cache can count; memory grows with what is really fed
         self._kv = PagedKV(config.num_layers, config.num_heads, config.head_dim, num_blocks, max_tokens, dtype, device)
         self._sequences = np.array([self._kv.cache.add() for _ in range(num_rows)], np.int64)
-        self._buffers = StepBuffers(num_rows, self._kv.cache.max_blocks, device)
+        self._num_columns = FIRST_TOKENS  # of the block tables
+        self._buffers = StepBuffers(num_rows, self._num_columns, device)
 
     def begin_step(self) -> None:
         """Make room for one token more of every row."""
@@ -104,6 +106,9 @@ class DecodeState:
         except OutOfBlocks:
             self._kv.grow(2 * self._kv.cache.num_blocks + len(self._sequences))
             slots = self._kv.reserve(self._sequences)
+        if self.length >= self._num_columns * BLOCK_SIZE:
+            self._num_columns *= 2
+            self._buffers = StepBuffers(len(self._sequences), self._num_columns, self._kv.memory.device)
         self._buffers.fill(self._kv.cache, self._sequences, slots)
         rows, (_, _, _, num_heads, head_dim) = len(self._sequences), self._kv.memory.shape[1:]
         # Used by one layer after the other

@@ -5,6 +5,7 @@ torch tensor, so that it shows in torch's own statistics. Here the two are put t
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +37,13 @@ class PagedKV:
         num_layers, num_heads, head_dim: of the decoder.
         num_blocks: blocks to begin with.
         max_tokens: of one sequence.
-        block_size: tokens a block, a power of two from 1 to 64.
         dtype: float32, float16 or bfloat16.
+        block_size: tokens a block, a power of two from 1 to 64.
 
     Raises:
         ValueError: any of the sizes, named.
 
-    Used by one thread at a time. Work on a GPU is enqueued on the current stream.
+    Used by one thread at a time. Work on a GPU is enqueued on the device's current stream.
     """
 
     def __init__(
@@ -56,30 +57,56 @@ class PagedKV:
         device: torch.device,
         block_size: int = BLOCK_SIZE,
     ) -> None:
+        for name, size in (("num_layers", num_layers), ("num_heads", num_heads), ("head_dim", head_dim)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         self.cache = _csrc.PagedCache(num_blocks, block_size, -(-max_tokens // max(block_size, 1)))
         # Blocks first, so that a block is copied or swapped in one piece (csrc/kv_memory.h).
         self._block_shape = (num_layers, 2, block_size, num_heads, head_dim)
-        self._bind(torch.empty((num_blocks, *self._block_shape), dtype=dtype, device=device))
+        self._bind(self._allocate(num_blocks, dtype, device))
+        self._leaving: list[tuple[torch.cuda.Event, Tensor]] = []  # host memory that the GPU still reads or writes
+
+    @staticmethod
+    def _has_native(device: torch.device) -> bool:
+        """Whether csrc moves bytes there; else PyTorch's indexing does, as on a GPU with the build for CPUs."""
+        return device.type == "cpu" or _csrc.BUILD == "cuda"
+
+    def _allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # Without csrc a padding slot is written, too: to a block of its own, behind all others.
+        padding = 0 if self._has_native(device) else 1
+        return torch.empty((num_blocks + padding, *self._block_shape), dtype=dtype, device=device)
 
     def _bind(self, memory: Tensor) -> None:
-        self.memory = memory  # [blocks, layers, 2, block_size, heads, head_dim]
-        native = memory.device.type == "cpu" or _csrc.BUILD == "cuda"
-        self._native = _csrc.KVMemory(memory) if native else None
+        self._padded = memory
+        self.memory = memory[: self.cache.num_blocks]  # [blocks, layers, 2, block_size, heads, head_dim]
+        self._native = None
+        if self._has_native(memory.device):
+            with self._on_device():
+                self._native = _csrc.KVMemory(self.memory)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Makes the memory's GPU the current one: torch exports tensors of no other."""
+        device = self._padded.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     @property
     def _stream(self) -> int:
-        on_gpu = self.memory.device.type == "cuda"
-        return torch.cuda.current_stream(self.memory.device).cuda_stream if on_gpu else 0
+        device = self.memory.device
+        return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
     def grow(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks, the present ones with their content among them.
 
+        The memory moves: what was captured in a CUDA graph points to the old one.
+
         Raises:
             ValueError: fewer than now.
         """
-        self.cache.grow(num_blocks)
-        memory = self.memory.new_empty((num_blocks, *self._block_shape))
+        if num_blocks < self.cache.num_blocks:
+            raise ValueError(f"num_blocks: expected at least {self.cache.num_blocks}, got {num_blocks}")
+        memory = self._allocate(num_blocks, self.memory.dtype, self.memory.device)
         memory[: self.memory.shape[0]] = self.memory
+        self.cache.grow(num_blocks)  # last: it cannot fail where allocating did not
         self._bind(memory)
 
     def reserve(self, sequences: np.ndarray, num_tokens: int | np.ndarray = 1) -> np.ndarray:
@@ -102,11 +129,15 @@ class PagedKV:
         return slot_mapping
 
     def copy_blocks(self, pairs: Tensor) -> None:
-        """Copy whole blocks; pairs int32 [pairs, (source, destination)], on the host."""
+        """Copy whole blocks; pairs int32 [pairs, (source, destination)], on the host.
+
+        On a GPU this takes a little memory for the pairs; blocks of one token are never copied.
+        """
         if self.memory.device.type == "cuda":  # from pinned memory, so that the host does not wait for the stream
             pairs = pairs.pin_memory().to(self.memory.device, non_blocking=True)
         if self._native:
-            self._native.copy_blocks(pairs, self._stream)
+            with self._on_device():
+                self._native.copy_blocks(pairs, self._stream)
         else:
             self.memory[pairs[:, 1].long()] = self.memory[pairs[:, 0].long()]
 
@@ -121,13 +152,14 @@ class PagedKV:
             ValueError: a wrong shape, dtype, stride or device, by name; on a CPU also a slot outside the memory.
         """
         if self._native:
-            self._native.write(layer, k, v, slot_mapping, self._stream)
+            with self._on_device():
+                self._native.write(layer, k, v, slot_mapping, self._stream)
             return
-        real = slot_mapping >= 0
         block_size = self._block_shape[2]
-        block, offset = slot_mapping[real] // block_size, slot_mapping[real] % block_size
-        self.memory[block, layer, 0, offset] = k[real]
-        self.memory[block, layer, 1, offset] = v[real]
+        slots = torch.where(slot_mapping < 0, self.cache.num_blocks * block_size, slot_mapping)
+        block, offset = slots // block_size, slots % block_size
+        self._padded[block, layer, 0, offset] = k
+        self._padded[block, layer, 1, offset] = v
 
     def gather(self, layer: int, block_tables: Tensor, context_lens: Tensor, k: Tensor, v: Tensor) -> None:
         """Keys and values of rows side by side, zeros after a row's end.
@@ -141,13 +173,14 @@ class PagedKV:
             ValueError: as for `write`.
         """
         if self._native:
-            self._native.gather(layer, block_tables, context_lens, k, v, self._stream)
+            with self._on_device():
+                self._native.gather(layer, block_tables, context_lens, k, v, self._stream)
             return
-        num_keys = k.shape[2]
-        tokens = torch.arange(num_keys, device=k.device)
+        tokens = torch.arange(k.shape[2], device=k.device)
         beyond = tokens >= context_lens.unsqueeze(1)  # [rows, keys]
         block_size = self._block_shape[2]
-        blocks = block_tables[:, tokens // block_size].long().masked_fill(beyond, 0)
+        columns = (tokens // block_size).clamp(max=block_tables.shape[1] - 1)
+        blocks = block_tables[:, columns].long().masked_fill(beyond, 0)
         for side, out in ((0, k), (1, v)):
             values = self.memory[blocks, layer, side, tokens % block_size]  # [rows, keys, heads, head_dim]
             out.copy_(values.masked_fill(beyond[..., None, None], 0).transpose(1, 2))
@@ -158,13 +191,17 @@ class PagedKV:
         On a GPU the copy is only enqueued: host memory holds the bytes once the stream got there.
 
         Raises:
-            ValueError: an unknown sequence.
+            ValueError: an unknown sequence; nothing has changed.
         """
-        detached, blocks = self.cache.detach(sequences)
+        num_blocks = len({block for sequence in sequences for block in self.cache.table(sequence).tolist()})
         on_gpu = self.memory.device.type == "cuda"
-        host = torch.empty((len(blocks), *self._block_shape), dtype=self.memory.dtype, pin_memory=on_gpu)
+        # before anything changes: pinned memory is what there may be none of
+        host = torch.empty((num_blocks, *self._block_shape), dtype=self.memory.dtype, pin_memory=on_gpu)
+        detached, blocks = self.cache.detach(sequences)
         if self._native:
-            self._native.swap_out(blocks, host, self._stream)
+            with self._on_device():
+                self._native.swap_out(blocks, host, self._stream)
+            self._keep(host)
         else:
             host.copy_(self.memory[torch.from_numpy(blocks).long().to(self.memory.device)], non_blocking=True)
         return Swapped(detached, host)
@@ -172,18 +209,32 @@ class PagedKV:
     def swap_in(self, swapped: Swapped) -> np.ndarray:
         """Bring sequences back with the same bytes; their new ids, int64 [sequences].
 
-        `swapped.host` must live until the stream got there.
-
         Raises:
-            OutOfBlocks: nothing has changed.
+            OutOfBlocks, ValueError: too few free blocks; sequences of another cache. Nothing has changed.
         """
+        expected = (swapped.detached.num_blocks, *self._block_shape)
+        if tuple(swapped.host.shape) != expected or swapped.host.dtype != self.memory.dtype:
+            raise ValueError(
+                f"swapped: expected {list(expected)} {self.memory.dtype}, "
+                f"got {list(swapped.host.shape)} {swapped.host.dtype}"
+            )
         sequences, blocks = self.cache.attach(swapped.detached)
         if self._native:
-            self._native.swap_in(blocks, swapped.host, self._stream)
+            with self._on_device():
+                self._native.swap_in(blocks, swapped.host, self._stream)
+            self._keep(swapped.host)
         else:
             target = torch.from_numpy(blocks).long().to(self.memory.device)
             self.memory[target] = swapped.host.to(self.memory.device, non_blocking=True)
         return sequences
+
+    def _keep(self, host: Tensor) -> None:
+        """Hold pinned memory until the stream is done with it: torch does not know of copies that it did not make."""
+        if self.memory.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.memory.device))
+            self._leaving = [(other, kept) for other, kept in self._leaving if not other.query()]
+            self._leaving.append((event, host))
 
 
 class StepBuffers:
@@ -194,7 +245,7 @@ class StepBuffers:
     the host may be steps ahead and yet never waits in the usual case.
 
     Args:
-        max_rows, max_blocks: of the largest step.
+        max_rows, max_blocks: of the largest step; a row's table may be as long.
         depth: host buffers of the ring.
     """
 
@@ -204,9 +255,11 @@ class StepBuffers:
         self._device_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.slot_mapping, self.context_lens, self.block_tables = self._views(self._device_bytes)
         self._on_gpu = device.type == "cuda"
+        self._ring = [self._device_bytes]  # on a CPU, what the step reads is filled in place
         if self._on_gpu:
             self._ring = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(depth)]
-            self._copied: list[torch.cuda.Event | None] = [None] * depth
+            self._copied = [torch.cuda.Event() for _ in range(depth)]  # one that was never recorded has happened
+        self._ring_views = [tuple(view.numpy() for view in self._views(buffer)) for buffer in self._ring]
         self._step = 0
 
     def _views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,20 +275,15 @@ class StepBuffers:
             sequences: int64 [rows].
             slot_mapping: int64 [rows], of the token that the step appends.
         """
-        place = self._step % len(self._ring) if self._on_gpu else 0
+        place = self._step % len(self._ring)
         self._step += 1
         if self._on_gpu:
-            event = self._copied[place]
-            if event is not None:
-                event.synchronize()
-        host = self._ring[place] if self._on_gpu else self._device_bytes
-        slots, lengths, tables = self._views(host)
+            self._copied[place].synchronize()
+        slots, lengths, tables = self._ring_views[place]
         rows = len(sequences)
-        cache.fill_tables(sequences, tables.numpy(), lengths.numpy())
-        slots.numpy()[:rows] = slot_mapping
+        cache.fill_tables(sequences, tables, lengths)
+        slots[:rows] = slot_mapping
         slots[rows:], lengths[rows:] = -1, 0
         if self._on_gpu:
-            self._device_bytes.copy_(host, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            self._copied[place] = copied
+            self._device_bytes.copy_(self._ring[place], non_blocking=True)
+            self._copied[place].record(torch.cuda.current_stream(self._device_bytes.device))
