@@ -2,7 +2,8 @@
 
 Every Triton kernel for every real shape (`cases()`) in bf16 and fp32, and the CUDA kernels of csrc, for sm_80 and
 sm_90: registers a thread, bytes on the stack (what spills), shared memory. Exits 1 if anything does not compile,
-or spills and is not listed in SPILLING with a reason. `--hot` takes the first case of each kernel, in bf16 for sm_90 alone.
+or spills and is not listed in SPILLING with a reason. `--hot` takes the first case of each kernel, in bf16 for sm_90
+alone.
 """
 
 import argparse
