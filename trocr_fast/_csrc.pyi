@@ -2,8 +2,8 @@
 
 Every call checks its arguments first and changes nothing if it raises. ValueError names the argument, what was expected
 and what came; TypeError, that a number or a tensor is none. Indices that lie on a GPU (slots, pairs, tables, parents)
-cannot be checked: one that is outside writes nothing or reads zeros. An object is used by one thread at a time; calls of
-`KVMemory` and `permute_tables` release the GIL.
+cannot be checked: one that is outside writes nothing or reads zeros. An object is used by one thread at a time; calls
+of `KVMemory` and `permute_tables` release the GIL.
 """
 
 from typing import Any
