@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -244,18 +243,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert "read" in done.stdout and "verify" in done.stdout
 
 
-def test_interrupt(tmp_path: Path) -> None:
-    # A list on a pipe that never ends keeps the command waiting for more pictures.
-    command = [sys.executable, "-m", "trocr_fast", "read", "-"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=ROOT)
-    assert process.stdin is not None and process.stderr is not None
-    process.stdin.write(f"{SAMPLES[0]}\n".encode() * 2)
-    process.stdin.flush()
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
-    try:
-        assert process.wait(timeout=30) == 130
-    finally:
-        process.kill()
-        process.stdin.close()
-        process.stderr.close()
+def test_interrupt() -> None:
+    # A list on a pipe that never ends keeps the command waiting for more pictures; the first row says it has begun.
+    command = [sys.executable, "-m", "trocr_fast", "read", "-", "--batch-size", "2"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, cwd=ROOT) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(f"{SAMPLES[0]}\n".encode() * 100)
+            process.stdin.flush()
+            assert process.stdout.readline().startswith(str(SAMPLES[0]).encode())
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
