@@ -247,7 +247,11 @@ def test_interrupt() -> None:
     # A list on a pipe that never ends keeps the command waiting for more pictures; the first row says it has begun.
     command = [sys.executable, "-m", "trocr_fast", "read", "-", "--batch-size", "2"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, cwd=ROOT) as process:
+
+    def heed_interrupts() -> None:  # a shell's background jobs ignore them, and so would their children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, cwd=ROOT, preexec_fn=heed_interrupts) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(f"{SAMPLES[0]}\n".encode() * 100)
