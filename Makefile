@@ -15,8 +15,9 @@ read: $(READY)  ## read the sample pictures with the built-in model, and compare
 test: $(READY)  ## everything that is not slow
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(READY)  ## the real configurations at full size
+test-slow: $(READY)  ## the real configurations at full size, and the device code of all cases
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m bench.compile
 
 mutants: $(READY)  ## plant bugs, one at a time: the tests must find each
 	$(BIN)/python tests/mutants/run.py
@@ -29,8 +30,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-compile: $(READY)  ## the device code, with no GPU: registers and spills
-	$(BIN)/python -m bench.compile
+compile: $(READY)  ## the device code of the hot cases, with no GPU: registers and spills
+	$(BIN)/python -m bench.compile --hot
 
 format: $(READY)
 	$(BIN)/ruff check --fix

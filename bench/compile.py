@@ -126,8 +126,11 @@ def _demangled(name: str) -> tuple[str, str]:
 
 
 def usages(names: list[str], hot: bool) -> Iterator[Usage]:
-    for name in names:
+    """Of the files named, or of everything."""
+    for name in names or kernel_names():
         yield from compile_triton(name, hot)
+    if names:
+        return
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         yield from compile_csrc(nvcc)
@@ -143,7 +146,7 @@ def main() -> int:
     print(f"{'kernel':<26}{'case':<34}{'sm':>4}{'registers':>11}{'stack':>7}{'shared':>8}")
     count, spilling = 0, []
     try:
-        for usage in usages(arguments.names or kernel_names(), arguments.hot):
+        for usage in usages(arguments.names, arguments.hot):
             count += 1
             print(
                 f"{usage.kernel:<26}{usage.case:<34}{usage.architecture:>4}{usage.registers:>11}"

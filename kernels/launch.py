@@ -105,7 +105,7 @@ def require(
         if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
             where = "" if contiguous_from == 0 else f" from dimension {contiguous_from} on"
             raise ValueError(f"{name}: expected contiguous memory{where}, got strides {list(tensor.stride())}")
-        expected *= tensor.shape[dim]
+        expected *= max(1, tensor.shape[dim])  # as torch counts the strides of what is empty
 
 
 def output(
