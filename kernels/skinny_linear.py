@@ -13,17 +13,19 @@ erf, and gelu_new its approximation by tanh (Hendrycks, Gimpel, arXiv 1606.08415
 Bytes: out * in weights, and rows * (in + out) elements. FLOPs: 2 * rows * out * in; bound by memory.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from trocr_fast.kernels.bias_gelu import ACTIVATIONS, activate, require_activation
 from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
 
 MAX_ROWS = 16
 MAX_ROWS_SUMMED = 4  # above, matrix units
-ACTIVATIONS = (None, "gelu", "gelu_new", "relu", "silu")
 # The least number of programs worth having: about one for each multiprocessor of an H200 (132) or an A100 (108).
 FILLED = 128
 
@@ -32,36 +34,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation:
     """The same mathematics in PyTorch, fp32 inside (fp64 for fp64), rounded once at the end."""
     inside = torch.promote_types(x.dtype, torch.float32)
     out = F.linear(x.to(inside), weight.to(inside), None if bias is None else bias.to(inside))
-    if activation == "gelu":
-        out = F.gelu(out)
-    elif activation == "gelu_new":
-        out = F.gelu(out, approximate="tanh")
-    elif activation == "relu":
-        out = F.relu(out)
-    elif activation == "silu":
-        out = F.silu(out)
+    if activation is not None:
+        out = ACTIVATIONS[activation](out)
     return out.to(x.dtype)
-
-
-@triton.jit
-def finished(
-    total,  # fp32 [outputs], or [outputs, 16]
-    bias,  # fp32, broadcasts to it
-    ACTIVATION: tl.constexpr,  # as in ACTIVATIONS, "" for none
-):
-    total += bias
-    if ACTIVATION == "gelu":
-        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    elif ACTIVATION == "gelu_new":
-        inner = 0.7978845608028654 * (total + 0.044715 * total * total * total)
-        # tanh by exp, and 0.5 * (1 + tanh(y)) = 1 / (1 + exp(-2y)); an overflow to infinity gives 0, as it should
-        total = total / (1.0 + tl.exp(-2.0 * inner))
-    elif ACTIVATION == "relu":
-        # not maximum(): a NaN stays one
-        total = tl.where(total < 0.0, 0.0, total)
-    elif ACTIVATION == "silu":
-        total = total / (1.0 + tl.exp(-total))
-    return total
 
 
 @triton.jit
@@ -111,13 +86,13 @@ def skinny_sum_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=exists, other=0.0).to(tl.float32)
     at = out_ptr + split.to(tl.int64) * ROWS * width_out + outputs
-    tl.store(at, finished(tl.sum(total0, axis=1), bias, ACTIVATION), mask=exists)
+    tl.store(at, activate(tl.sum(total0, axis=1) + bias, ACTIVATION), mask=exists)
     if ROWS > 1:
-        tl.store(at + width_out, finished(tl.sum(total1, axis=1), bias, ACTIVATION), mask=exists)
+        tl.store(at + width_out, activate(tl.sum(total1, axis=1) + bias, ACTIVATION), mask=exists)
     if ROWS > 2:
-        tl.store(at + 2 * width_out, finished(tl.sum(total2, axis=1), bias, ACTIVATION), mask=exists)
+        tl.store(at + 2 * width_out, activate(tl.sum(total2, axis=1) + bias, ACTIVATION), mask=exists)
     if ROWS > 3:
-        tl.store(at + 3 * width_out, finished(tl.sum(total3, axis=1), bias, ACTIVATION), mask=exists)
+        tl.store(at + 3 * width_out, activate(tl.sum(total3, axis=1) + bias, ACTIVATION), mask=exists)
 
 
 @triton.jit
@@ -162,7 +137,7 @@ def skinny_dot_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=exists, other=0.0).to(tl.float32)
     at = out_ptr + (split.to(tl.int64) * rows + row)[None, :] * width_out + outputs[:, None]
-    tl.store(at, finished(total, bias[:, None], ACTIVATION), mask=exists[:, None] & filled[None, :])
+    tl.store(at, activate(total + bias[:, None], ACTIVATION), mask=exists[:, None] & filled[None, :])
 
 
 @triton.jit
@@ -186,7 +161,7 @@ def skinny_merge_kernel(
     bias = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width_out + outputs, finished(total, bias, ACTIVATION), mask=exists)
+    tl.store(out_ptr + row * width_out + outputs, activate(total + bias, ACTIVATION), mask=exists)
 
 
 def skinny_linear(
@@ -222,8 +197,7 @@ def checked(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     require("weight", weight, (None, width_in), x)
     if bias is not None:
         require("bias", bias, (weight.shape[0],), x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(map(str, ACTIVATIONS))}, got {activation}")
+    require_activation(activation, none_allowed=True)
     return output("out", out, (rows, weight.shape[0]), x)
 
 
@@ -237,7 +211,7 @@ def launches(
     # whole tiles, so that no split but the last has an edge
     part = triton.cdiv(triton.cdiv(width_in, splits), block_in) * block_in
     splits = max(1, triton.cdiv(width_in, part)) if part else 1
-    ending = {"HAS_BIAS": bias is not None, "ACTIVATION": activation or ""}
+    ending: dict[str, Any] = {"HAS_BIAS": bias is not None, "ACTIVATION": activation}
     scratch = out if splits == 1 else torch.empty((splits, rows, width_out), dtype=torch.float32, device=x.device)
     arguments = {
         "x_ptr": x,
@@ -248,7 +222,7 @@ def launches(
         "width_out": width_out,
         "part": part,
     }
-    constants = ending if splits == 1 else {"HAS_BIAS": False, "ACTIVATION": ""}
+    constants = ending if splits == 1 else {"HAS_BIAS": False, "ACTIVATION": None}
     constants = constants | {"BLOCK_OUT": block_out, "BLOCK_IN": block_in}
     grid = (triton.cdiv(width_out, block_out) if rows else 0, splits)
     if rows <= MAX_ROWS_SUMMED:
