@@ -47,7 +47,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "setting up .venv: about two minutes" >&2
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
 	touch $(READY)
 
 clean:

@@ -61,7 +61,7 @@ def measure(config: CheckpointConfig, dtype: torch.dtype, batch: int) -> dict[st
             state = decoder.start(batch, 8)
 
             def step(state: Any = state, memory: Any = memory) -> Tensor:
-                return decoder.step(tokens, state, memory, positions)
+                return decoder.logits(decoder.step(tokens, state, memory, positions))
 
             times[kind]["make"].append(
                 seconds(lambda kind=kind: make_cross_memory(kind, states, decoder.cross_weights))  # type: ignore[misc]

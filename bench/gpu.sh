@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, for a machine with system Python and PyTorch and no network:
 #
-#     bash bench/gpu.sh tests   OUTDIR    the tests marked gpu, and compute-sanitizer on the small ones of the cache
-#     bash bench/gpu.sh kernels OUTDIR    native device code (later: Triton kernels) against the memory's speed
+#     bash bench/gpu.sh tests   OUTDIR    the tests marked gpu, and compute-sanitizer on small ones of all device code
+#     bash bench/gpu.sh kernels OUTDIR    Triton kernels against PyTorch and the chip; the cache against the memory
 #     bash bench/gpu.sh engine  OUTDIR    what decoding takes on this device
 #
 # Each stage takes under nine minutes and writes as it goes, so that a run cut short leaves what it had. OUTDIR gets at
-# most eight files; JSON among them belongs into bench/results/.
+# most eight files; what is not a log or an XML file belongs into bench/results/.
 set -uo pipefail
 stage=${1:?"expected tests, kernels or engine"}
 out=$(realpath -m "${2:?"expected a folder for the results"}")
@@ -15,9 +15,15 @@ mkdir -p "$out"
 exec > >(tee "$out/$stage.log") 2>&1
 
 run() { # SECONDS COMMAND...: the command under a time limit; says how it ended, and goes on
-  local limit=$1 start=$SECONDS
+  local limit=$1 start=$SECONDS left=$((520 - SECONDS))
   shift
   echo "== $*"
+  if [ $left -lt 10 ]; then
+    echo "== no time left"
+    failed=1
+    return
+  fi
+  [ "$limit" -lt $left ] || limit=$left
   timeout --kill-after=10 "$limit" "$@"
   local code=$?
   echo "== exit $code after $((SECONDS - start)) s"
@@ -35,18 +41,21 @@ python3 -c "from trocr_fast import _csrc; print('build:', _csrc.BUILD)"
 
 case $stage in
   tests)
-    run 240 python3 -m pytest -m gpu -p no:cacheprovider --junit-xml="$out/tests.xml" \
-      tests/csrc tests/kernels tests/parity tests/test_paged_cache.py
+    # Six processes: Triton compiles, and the CPU draws inputs, in parallel; their fp64 references fit the memory.
+    run 300 python3 -m pytest -n 6 -m gpu -p no:cacheprovider --junit-xml="$out/tests.xml" \
+      tests/csrc tests/kernels tests/parity tests/test_paged_cache.py tests/test_bench_kernels.py
     # Each allocation of its own, or a write past a tensor's end lands in torch's pool unseen. The CUDA kernels of csrc
     # use no shared memory, which is all that racecheck looks at: it is for the Triton kernels.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-      run 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        python3 -m pytest -m gpu -p no:cacheprovider -x tests/csrc/test_kv_memory.py \
-        -k "cuda_leaves or outside or permute_tables"
+      run 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        python3 -m pytest -m gpu -p no:cacheprovider tests/csrc/test_kv_memory.py tests/test_bench_kernels.py \
+        -k "cuda_leaves or outside or permute_tables or ours_on_a_gpu"
     done
     ;;
   kernels)
+    run 120 python3 -m bench.compile --native --dtype bf16 --jobs "$(nproc)"
+    run 300 python3 -m bench.kernels --budget-seconds 270 --out "$out"
     run 180 python3 -m bench.paged_cache
     cp bench/results/paged_cache_gpu.json "$out/"
     ;;

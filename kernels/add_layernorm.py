@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 
 def reference(
@@ -88,10 +88,8 @@ def add_layernorm(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    total, out = output("total", total, x.shape, x), output("out", out, x.shape, x)
-    for launch in launches(x, residual, weight, bias, eps, x_bias, total, out):
-        launch.run()
-    return total, out
+    last = run(launches(x, residual, weight, bias, eps, x_bias, total, out))
+    return last["sum_ptr"], last["out_ptr"]
 
 
 def launches(
@@ -105,13 +103,13 @@ def launches(
     out: Tensor | None = None,
 ) -> list[Launch]:
     """Check the arguments of `add_layernorm` and say what to launch."""
-    total, out = output("total", total, x.shape, x), output("out", out, x.shape, x)
-    require("x", x, x.shape, dtype=(torch.float32, torch.float16, torch.bfloat16))
+    require("x", x, x.shape, dtype=DTYPES)
     require("residual", residual, x.shape, x)
     width = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if vector is not None:
             require(name, vector, (width,), x)
+    total, out = output("total", total, x.shape, x), output("out", out, x.shape, x)
     block = power_of_two(width)
     launch = Launch(
         add_layernorm_kernel,

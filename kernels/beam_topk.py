@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 MAX_COUNT = 64
 # Less than any packed logit: that of a negative NaN, which none has (the kernel makes them positive).
@@ -112,10 +112,16 @@ def beam_topk_tile_kernel(
     at = tl.program_id(0).to(tl.int64)  # row * tiles + tile
     row, tile = at // tiles, at % tiles
     # A row of 50265 starts anywhere. Its tiles start at the 16th element before that at most, so that the loads are of
-    # 16 bytes each: they may touch the neighbouring rows, whose logits are dropped.
+    # 16 bytes each: they may touch the neighbouring rows, whose logits are dropped. Their mask ends at a multiple of 16
+    # too, or they would be of single elements; what lies beyond, at the very end, is loaded by itself.
     start = row * vocab
-    place = start // ALIGNED * ALIGNED + tile * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + place, mask=place < numel, other=float("-inf")).to(tl.float32)
+    first = start // ALIGNED * ALIGNED + tile * BLOCK
+    place = first + tl.arange(0, BLOCK)
+    whole = numel // ALIGNED * ALIGNED
+    logits = tl.load(logits_ptr + place, mask=place < whole, other=float("-inf")).to(tl.float32)
+    if first + BLOCK > whole:
+        rest = tl.load(logits_ptr + place, mask=(place >= whole) & (place < numel), other=float("-inf"))
+        logits = tl.where(place < whole, logits, rest.to(tl.float32))
     token = (place - start).to(tl.int32)
     inside = (token >= 0) & (token < vocab)
     logits = tl.where(inside, logits, float("-inf"))
@@ -228,25 +234,8 @@ def beam_topk(
         ValueError: an argument of another shape, dtype or device, one that is not contiguous, or a `beams` or `count`
             that does not go with them; named.
     """
-    values, indices = checked(logits, scores, beams, count, values, indices)
-    for launch in launches(logits, scores, beams, count, values, indices):
-        launch.run()
-    return values, indices
-
-
-def checked(
-    logits: Tensor, scores: Tensor, beams: int, count: int, values: Tensor | None, indices: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The outputs of `beam_topk`, after a look at all of its arguments."""
-    require("logits", logits, (None, None), dtype=(torch.float32, torch.float16, torch.bfloat16))
-    rows, vocab = logits.shape
-    require("scores", scores, (rows,), logits, torch.float32)
-    if beams < 1 or rows % beams:
-        raise ValueError(f"beams: expected a divisor of the {rows} rows, got {beams}")
-    if not 1 <= count <= min(MAX_COUNT, beams * vocab):
-        raise ValueError(f"count: expected 1 to {min(MAX_COUNT, beams * vocab)}, got {count}")
-    values = output("values", values, (rows // beams, count), logits, torch.float32)
-    return values, output("indices", indices, (rows // beams, count), logits, torch.int64)
+    last = run(launches(logits, scores, beams, count, values, indices))
+    return last["values_ptr"], last["indices_ptr"]
 
 
 def launches(
@@ -258,8 +247,15 @@ def launches(
     indices: Tensor | None = None,
 ) -> list[Launch]:
     """Check the arguments of `beam_topk` and say what to launch."""
-    values, indices = checked(logits, scores, beams, count, values, indices)
+    require("logits", logits, (None, None), dtype=DTYPES)
     rows, vocab = logits.shape
+    require("scores", scores, (rows,), logits, torch.float32)
+    if beams < 1 or rows % beams:
+        raise ValueError(f"beams: expected a divisor of the {rows} rows, got {beams}")
+    if not 1 <= count <= min(MAX_COUNT, beams * vocab):
+        raise ValueError(f"count: expected 1 to {min(MAX_COUNT, beams * vocab)}, got {count}")
+    values = output("values", values, (rows // beams, count), logits, torch.float32)
+    indices = output("indices", indices, (rows // beams, count), logits, torch.int64)
     # 16 logits a thread: two loads of 16 bytes in fp16 and bf16, four in fp32; and a single line of 4 beams of 50265
     # still gives 100 programs. Not yet measured on a GPU.
     block = min(2048, max(GROUP.value, power_of_two(vocab)))
@@ -273,12 +269,7 @@ def launches(
     maxima, sums = scratch(torch.float32, tiles), scratch(torch.float32, tiles)
     totals, tokens = scratch(torch.float32, count), scratch(torch.int32, count)
     partial = {"groups_ptr": groups, "maxima_ptr": maxima, "sums_ptr": sums, "tiles": tiles}
-    merged: dict[str, Tensor | int | float | None] = {
-        "totals_ptr": totals,
-        "tokens_ptr": tokens,
-        "vocab": vocab,
-        "count": count,
-    }
+    merged = {"totals_ptr": totals, "tokens_ptr": tokens, "vocab": vocab, "count": count}
     count_block = {"COUNT_BLOCK": power_of_two(count)}
     groups_block, line_block = power_of_two(num_groups), power_of_two(beams * count)
     return [

@@ -17,7 +17,6 @@ Bytes: 2 * lines * heads * keys * head_dim elements read once; q and out. FLOPs:
 bound by memory.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 LOG2_E = 1.4426950408889634
 # An H200 has 132 multiprocessors, an A100 108. Splits bring up to two programs for each, which run all at once: with a
@@ -163,17 +162,26 @@ def merge_splits_kernel(
     tl.store(out_ptr + vector * width + columns, out, mask=columns < width)
 
 
-def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> Launch:
-    """Of parts [vectors, splits, width] and lse [vectors, splits] to out, of `vectors * width` elements."""
-    vectors, num_splits, width = parts.shape
+def merge_splits(out: Tensor, width: int, num_splits: int) -> tuple[Tensor, Tensor | None, list[Launch]]:
+    """Where splits write, and what makes `out` of it: vectors of `width` elements.
+
+    Returns:
+        (parts [vectors, splits, width], lse [vectors, splits], launches); without splits (out, None, []).
+    """
+    if num_splits == 1:
+        return out, None, []
+    vectors = out.numel() // max(1, width)
+    parts = torch.empty((vectors, num_splits, width), dtype=torch.float32, device=out.device)
+    lse = torch.empty((vectors, num_splits), dtype=torch.float32, device=out.device)
     split_block = power_of_two(num_splits)
     columns = max(16, min(power_of_two(width), 2048 // split_block))  # 16 elements a thread of 4 warps
-    return Launch(
+    launch = Launch(
         merge_splits_kernel,
         (vectors * triton.cdiv(width, columns),),
         {"parts_ptr": parts, "lse_ptr": lse, "out_ptr": out, "num_splits": num_splits, "width": width},
         {"SPLIT_BLOCK": split_block, "COLUMNS": columns},
     )
+    return parts, lse, [launch]
 
 
 def split_keys(num_keys: int, piece: int, programs: int, num_splits: int | None) -> tuple[int, int]:
@@ -216,10 +224,7 @@ def cross_attention(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    out = _output(q, out)
-    for launch in launches(q, k, v, slots, num_splits, out):
-        launch.run()
-    return out
+    return run(launches(q, k, v, slots, num_splits, out))["out_ptr"]
 
 
 def launches(
@@ -231,26 +236,21 @@ def launches(
     out: Tensor | None = None,
 ) -> list[Launch]:
     """Check the arguments of `cross_attention` and say what to launch."""
-    out = _output(q, out)
+    require("q", q, (None, None, None), dtype=DTYPES, contiguous_from=1)
     rows, heads, head_dim = q.shape
     require("k", k, (None, heads, None, head_dim), q, contiguous_from=2)
     num_lines, num_keys = k.shape[0], k.shape[2]
     if num_keys < 1:
         raise ValueError(f"k: expected at least 1 key, got shape {list(k.shape)}")
     require("v", v, k.shape, q, contiguous_from=2)
-    groups = check_groups("q", rows, num_lines, slots, q)
-    if rows == 0:
-        return []
-    num_beams = rows // groups
+    groups, num_beams = groups_of("q", q, num_lines, slots)
+    out = output("out", out, (rows, heads * head_dim), q)
     beam_block = beams_a_program(num_beams, q.dtype)
     dim_block = power_of_two(head_dim) if beam_block == 1 else max(16, power_of_two(head_dim))
     keys = max(16, min(128, PIECE // dim_block))
     programs = groups * heads * triton.cdiv(num_beams, beam_block)
     num_splits, keys_a_split = split_keys(num_keys, keys, programs, num_splits)
-    parts, lse = out, None
-    if num_splits > 1:
-        parts = torch.empty((rows * heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((rows * heads, num_splits), dtype=torch.float32, device=q.device)
+    parts, lse, merge = merge_splits(out, head_dim, num_splits)
     launch = Launch(
         cross_attention_kernel,
         (programs * num_splits,),
@@ -281,7 +281,7 @@ def launches(
             "LOG2_E": LOG2_E,
         },
     )
-    return [launch] if lse is None else [launch, merge_splits(parts, lse, out)]
+    return [launch, *merge]
 
 
 def beams_a_program(num_beams: int, dtype: torch.dtype) -> int:
@@ -293,24 +293,18 @@ def beams_a_program(num_beams: int, dtype: torch.dtype) -> int:
     return 16 if num_beams <= 16 else MAX_BEAMS
 
 
-def check_groups(name: str, rows: int, num_lines: int, slots: Tensor | None, q: Tensor) -> int:
-    """The number of groups of rows that share a line; `name` is what the launcher calls q.
+def groups_of(name: str, q: Tensor, num_lines: int, slots: Tensor | None) -> tuple[int, int]:
+    """How many groups of rows share a line, and the rows of each; `name` is what the launcher calls q.
 
     Raises:
         ValueError: `slots` is wrong, or the rows cannot be divided among the groups.
     """
     if slots is not None:
         require("slots", slots, (None,), q, torch.int32)
-    groups = num_lines if slots is None else slots.shape[0]
+    rows, groups = len(q), num_lines if slots is None else len(slots)
     if rows and (groups == 0 or rows % groups):
         raise ValueError(f"{name}: expected a multiple of {groups} rows, got {rows}")
-    return groups
-
-
-def _output(q: Tensor, out: Tensor | None) -> Tensor:
-    """q checked, and the tensor that the launcher writes."""
-    require("q", q, (None, None, None), dtype=(torch.float32, torch.float16, torch.bfloat16), contiguous_from=1)
-    return output("out", out, (q.shape[0], math.prod(q.shape[1:])), q)
+    return groups, rows // max(1, groups)
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 128
@@ -147,28 +147,19 @@ def encoder_attention(qkv: Tensor, num_heads: int, out: Tensor | None = None) ->
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    head_dim = _head_dim(qkv, num_heads)
-    out = output("out", out, (*qkv.shape[:2], num_heads * head_dim), qkv)
-    for launch in launches(qkv, num_heads, out):
-        launch.run()
-    return out
+    return run(launches(qkv, num_heads, out))["out_ptr"]
 
 
-def _head_dim(qkv: Tensor, num_heads: int) -> int:
-    require("qkv", qkv, (None, None, None), dtype=(torch.float32, torch.float16, torch.bfloat16))
-    columns = qkv.shape[2]
+def launches(qkv: Tensor, num_heads: int, out: Tensor | None = None) -> list[Launch]:
+    """Check the arguments of `encoder_attention` and say what to launch."""
+    require("qkv", qkv, (None, None, None), dtype=DTYPES)
+    batch, tokens, columns = qkv.shape
     if num_heads < 1 or columns % (3 * num_heads) or not 1 <= columns // (3 * num_heads) <= MAX_HEAD_DIM:
         raise ValueError(
             f"num_heads: expected a number that divides the {columns} columns of qkv into three times so many heads "
             f"of at most {MAX_HEAD_DIM}, got {num_heads}"
         )
-    return columns // (3 * num_heads)
-
-
-def launches(qkv: Tensor, num_heads: int, out: Tensor | None = None) -> list[Launch]:
-    """Check the arguments of `encoder_attention` and say what to launch."""
-    head_dim = _head_dim(qkv, num_heads)
-    batch, tokens, _ = qkv.shape
+    head_dim = columns // (3 * num_heads)
     out = output("out", out, (batch, tokens, num_heads * head_dim), qkv)
     block_d = max(16, power_of_two(head_dim))
     block_m, block_n, num_warps, num_stages = TILES[qkv.dtype != torch.float32, block_d]

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.cross_attention import LOG2_E, check_groups, merge_splits, split_keys
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.cross_attention import LOG2_E, groups_of, merge_splits, split_keys
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 MAX_VECTORS = 32  # rows times heads of a program: more spill
 MAX_CHUNK = 256  # columns of E in one product
@@ -168,10 +168,7 @@ def latent_cross_attention(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    out = _output(latent_q, out)
-    for launch in launches(latent_q, states, slots, num_splits, out):
-        launch.run()
-    return out
+    return run(launches(latent_q, states, slots, num_splits, out))["out_ptr"]
 
 
 def launches(
@@ -182,23 +179,19 @@ def launches(
     out: Tensor | None = None,
 ) -> list[Launch]:
     """Check the arguments of `latent_cross_attention` and say what to launch."""
-    out = _output(latent_q, out)
-    rows, heads, width = latent_q.shape
+    require("latent_q", latent_q, (None, None, None), dtype=DTYPES, contiguous_from=2)
+    _, heads, width = latent_q.shape
     require("states", states, (None, None, width), latent_q, contiguous_from=1)
     num_lines, num_keys, _ = states.shape
     if num_keys < 1:
         raise ValueError(f"states: expected at least 1 key, got shape {list(states.shape)}")
-    groups = check_groups("latent_q", rows, num_lines, slots, latent_q)
-    if latent_q.numel() == 0:
-        return []
-    num_vectors = rows // groups * heads
+    groups, num_beams = groups_of("latent_q", latent_q, num_lines, slots)
+    out = output("out", out, latent_q.shape, latent_q)
+    num_vectors = num_beams * heads
     tile = tile_of(width, num_vectors, latent_q.element_size())
     programs = groups * triton.cdiv(num_vectors, tile.vectors)
     num_splits, keys_a_split = split_keys(num_keys, tile.keys, programs, num_splits)
-    parts, lse = out, None
-    if num_splits > 1:
-        parts = torch.empty((rows * heads, num_splits, width), dtype=torch.float32, device=out.device)
-        lse = torch.empty((rows * heads, num_splits), dtype=torch.float32, device=out.device)
+    parts, lse, merge = merge_splits(out, width, num_splits)
     launch = Launch(
         latent_cross_attention_kernel,
         (programs * num_splits,),
@@ -228,7 +221,7 @@ def launches(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return [launch] if lse is None else [launch, merge_splits(parts, lse, out)]
+    return [launch, *merge]
 
 
 class Tile(NamedTuple):
@@ -257,13 +250,6 @@ def tile_of(width: int, num_vectors: int, item_size: int) -> Tile:
     # With 16 vectors two programs share a multiprocessor, with 32 the registers leave room for one alone.
     num_stages = 3 if vectors == MAX_VECTORS and width <= 768 else 2
     return Tile(vectors, keys, chunk, num_warps=8, num_stages=num_stages)
-
-
-def _output(latent_q: Tensor, out: Tensor | None) -> Tensor:
-    """latent_q checked, and the tensor that the launcher writes."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    require("latent_q", latent_q, (None, None, None), dtype=dtypes, contiguous_from=2)
-    return output("out", out, latent_q.shape, latent_q)
 
 
 class Case(NamedTuple):

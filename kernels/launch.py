@@ -1,8 +1,9 @@
 """What all launchers share: arguments checked by name, and a launch as a value.
 
-A launcher checks its arguments, allocates its outputs and makes a `Launch`. Running it needs a GPU (or the
-interpreter); looking at it needs neither, so that `bench/compile.py` can compile a kernel for the very arguments that
-a model gives it, from tensors of the device "meta" that hold nothing.
+`launches` of a kernel checks its arguments, allocates its outputs and makes `Launch`es; the launcher runs these and
+returns the outputs. Running needs a GPU (or the interpreter); looking at a launch needs neither, so that
+`bench/compile.py` can compile a kernel for the very arguments that a model gives it, from tensors of the device "meta"
+that hold nothing.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that every kernel takes
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,27 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
 
     def run(self) -> None:
-        """Enqueue it on the current stream; an empty grid is no launch."""
-        if all(self.grid):
+        """Enqueue it on the current stream of its tensors' device; an empty grid is no launch."""
+        if not all(self.grid):
+            return
+        # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device_of(next(value for value in self.arguments.values() if isinstance(value, Tensor))):
             self.kernel[self.grid](
                 **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
             )
+
+
+def run(launches: Sequence[Launch]) -> dict[str, Any]:
+    """Enqueue them in order; returns the arguments of the last one, among which the outputs are."""
+    for launch in launches:
+        launch.run()
+    return launches[-1].arguments
 
 
 @dataclass(frozen=True)
@@ -98,14 +111,14 @@ def require(
         raise ValueError(f"{name}: expected {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name}: expected on {like.device}, got on {tensor.device}")
-    if contiguous_from is None:
+    if contiguous_from is None or tensor.numel() == 0:
         return
     expected = 1
     for dim in range(tensor.dim() - 1, contiguous_from - 1, -1):
         if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
             where = "" if contiguous_from == 0 else f" from dimension {contiguous_from} on"
             raise ValueError(f"{name}: expected contiguous memory{where}, got strides {list(tensor.stride())}")
-        expected *= max(1, tensor.shape[dim])  # as torch counts the strides of what is empty
+        expected *= tensor.shape[dim]
 
 
 def output(

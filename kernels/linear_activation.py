@@ -10,6 +10,8 @@ Bytes: rows * in + out * in + rows * out elements. FLOPs: 2 * rows * in * out; b
 rows, by reading the weight for a decode batch.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,29 +19,49 @@ import triton.language as tl
 from torch import Tensor
 
 from trocr_fast.kernels.bias_gelu import ACTIVATIONS, activate, require_activation
-from trocr_fast.kernels.launch import Launch, Random, Work, output, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, require, run
 
-# Tiles in half precision: at most so many rows -> rows, columns and depth of a tile, warps, stages.
+
+class Tile(NamedTuple):
+    """What a program computes at a time, and with what."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# Tiles in half precision: at most so many rows -> tile.
 # An encoder batch fills the chip many times over: the largest tile that two warp groups hold in registers. A decode
 # batch is one or a few tiles high: narrow tiles, so that a weight of 4096 rows is read by about as many programs as
 # there are multiprocessors, with deep stages, since reading is all they do. A Hopper product has at least 64 rows.
 TILES_HALF = [
-    (16, (16, 32, 128, 4, 4)),
-    (64, (64, 32, 128, 4, 4)),
-    (512, (64, 64, 64, 4, 4)),
-    (4096, (128, 128, 64, 8, 3)),
-    (None, (128, 256, 64, 8, 3)),
+    (16, Tile(16, 32, 128, 4, 4)),
+    (64, Tile(64, 32, 128, 4, 4)),
+    (512, Tile(64, 64, 64, 4, 4)),
+    (4096, Tile(128, 128, 64, 8, 3)),
+    (None, Tile(128, 256, 64, 8, 3)),
 ]
 # fp32 has no matrix unit that is exact: plain multiplications from registers, which larger tiles would overflow.
-TILES_FP32 = [(16, (16, 32, 32, 4, 2)), (None, (64, 64, 16, 4, 2))]
+TILES_FP32 = [(16, Tile(16, 32, 32, 4, 2)), (None, Tile(64, 64, 16, 4, 2))]
 GROUP_M = 8  # tiles of rows that share the columns in L2
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """The same mathematics in PyTorch, fp32 inside (fp64 for fp64), rounded once at the end."""
     inside = torch.promote_types(x.dtype, torch.float32)
     out = F.linear(x.to(inside), weight.to(inside), None if bias is None else bias.to(inside))
     return (out if activation is None else ACTIVATIONS[activation](out)).to(x.dtype)
+
+
+@triton.jit
+def place(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of a tile: down GROUP_M tiles, then a column to the right, and so on."""
+    in_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
+    first_tile = tile // in_group * GROUP_M
+    height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first_tile, GROUP_M)  # the last group may be smaller
+    return (first_tile + tile % in_group % height) * BLOCK_M, tile % in_group // height * BLOCK_N
 
 
 @triton.jit
@@ -86,14 +108,7 @@ def linear_activation_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # down GROUP_M tiles, then a column to the right, and so on; the last group may be smaller
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(rows, BLOCK_M)
-    in_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
-    first_tile = program // in_group * GROUP_M
-    height = tl.minimum(row_tiles - first_tile, GROUP_M)
-    first_row = (first_tile + program % in_group % height) * BLOCK_M
-    first_column = program % in_group // height * BLOCK_N
+    first_row, first_column = place(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     row = tl.arange(0, BLOCK_M)  # of the tile, as column: 64-bit offsets go into the scalar pointers, to save registers
     column = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -148,57 +163,65 @@ def linear_activation(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    _check(x, weight, bias, activation)
-    out = output("out", out, (x.shape[0], weight.shape[0]), x)
-    for launch in launches(x, weight, bias, activation, out):
-        launch.run()
-    return out
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
-    require("x", x, (None, None), dtype=(torch.float32, torch.float16, torch.bfloat16))
-    require("weight", weight, (None, x.shape[1]), x)
-    if bias is not None:
-        require("bias", bias, weight.shape[:1], x)
-    require_activation(activation, none_allowed=True)
+    return run(launches(x, weight, bias, activation, out))["out_ptr"]
 
 
 def launches(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor | None = None
 ) -> list[Launch]:
     """Check the arguments of `linear_activation` and say what to launch."""
-    _check(x, weight, bias, activation)
-    (rows, depth), columns = x.shape, weight.shape[0]
-    out = output("out", out, (rows, columns), x)
+    out = checked(x, weight, bias, activation, out)
     table = TILES_FP32 if x.dtype == torch.float32 else TILES_HALF
-    block_m, block_n, block_k, num_warps, num_stages = next(
-        tiles for most, tiles in table if most is None or rows <= most
-    )
+    tile = next(tile for most, tile in table if most is None or len(x) <= most)
+    arguments, constants = of_tiles(tile, x, weight, bias, activation, out)
     launch = Launch(
         linear_activation_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),),
-        {
-            "x_ptr": x,
-            "weight_ptr": weight,
-            "bias_ptr": bias,
-            "out_ptr": out,
-            "rows": rows,
-            "columns": columns,
-            "depth": depth,
-        },
-        {
-            "ACTIVATION": activation,
-            "HAS_BIAS": bias is not None,
-            "EVEN_DEPTH": depth % block_k == 0,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "GROUP_M": GROUP_M,
-        },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (num_tiles(tile, out),),
+        arguments,
+        {**constants, "EVEN_DEPTH": x.shape[1] % tile.depth == 0},
+        tile.num_warps,
+        tile.num_stages,
     )
     return [launch]
+
+
+def checked(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor | None) -> Tensor:
+    """The output of a linear layer, after a look at all of its arguments."""
+    require("x", x, (None, None), dtype=DTYPES)
+    require("weight", weight, (None, x.shape[1]), x)
+    if bias is not None:
+        require("bias", bias, weight.shape[:1], x)
+    require_activation(activation, none_allowed=True)
+    return output("out", out, (x.shape[0], weight.shape[0]), x)
+
+
+def num_tiles(tile: Tile, out: Tensor) -> int:
+    """How many tiles out has."""
+    return triton.cdiv(out.shape[0], tile.rows) * triton.cdiv(out.shape[1], tile.columns)
+
+
+def of_tiles(
+    tile: Tile, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of a kernel that computes `out` by tiles."""
+    arguments = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "rows": x.shape[0],
+        "columns": weight.shape[0],
+        "depth": x.shape[1],
+    }
+    constants = {
+        "ACTIVATION": activation,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "GROUP_M": GROUP_M,
+    }
+    return arguments, constants
 
 
 def cases() -> list[tuple[int, int, int, str | None]]:
@@ -211,7 +234,7 @@ def cases() -> list[tuple[int, int, int, str | None]]:
 
 
 def inputs(case: tuple[int, int, int, str | None], dtype: torch.dtype, device: str, seed: int = 0) -> tuple:
-    """Random arguments of the launcher, outputs aside."""
+    """Random arguments of the launcher, outputs aside; of all launchers of linear layers."""
     rows, depth, columns, activation = case
     draw = Random(dtype, device, seed)
     weight = draw((columns, depth), scale=2 * max(depth, 1) ** -0.5)  # products of about 2

@@ -5,7 +5,8 @@
 Tiles of x and weight come through the bulk copy engine (TMA), which computes addresses and fills in zeros beyond the
 edges by itself, and so do those of out on their way back. A program stays on its multiprocessor and takes every
 num_programs-th tile, so that the first loads of its next tile run under the activation of the last one (as in Triton's
-tutorial on persistent matrix multiplication). On older chips Triton makes ordinary loads of the descriptors.
+tutorial on persistent matrix multiplication). On older chips Triton makes ordinary loads of the descriptors;
+`linear_activation` is for those.
 
 Shapes, bytes and FLOPs: those of `linear_activation`. Rows of x, weight and out must begin at multiples of 16 bytes.
 """
@@ -16,27 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from trocr_fast.kernels import linear_activation as plain
-from trocr_fast.kernels.bias_gelu import activate, require_activation
-from trocr_fast.kernels.launch import Launch, Work, output, require
-from trocr_fast.kernels.linear_activation import halves
+from trocr_fast.kernels.bias_gelu import activate
+from trocr_fast.kernels.launch import Launch, run
+from trocr_fast.kernels.linear_activation import Tile, halves, place
 
-reference = plain.reference
+reference, inputs, work = plain.reference, plain.inputs, plain.work
 
-# Whether in half precision -> rows, columns and depth of a tile, warps, stages. The largest tile that two warp groups
-# hold in registers; four stages of 48 KB and a quarter of the result fit the 227 KB of a multiprocessor, which has
-# no other program to hide its waiting behind. fp32: no matrix unit is exact, see `linear_activation`.
-TILES = {True: (128, 256, 64, 8, 4), False: (64, 64, 16, 4, 2)}
-GROUP_M = 8  # tiles of rows that share the columns in L2
+# Whether in half precision -> tile. The largest that two warp groups hold in registers; four stages of 48 KB and a
+# quarter of the result fit the 227 KB of a multiprocessor, which has no other program to hide its waiting behind.
+# fp32: no matrix unit is exact, see `linear_activation`.
+TILES = {True: Tile(128, 256, 64, 8, 4), False: Tile(64, 64, 16, 4, 2)}
 MULTIPROCESSORS = 132  # of an H200, where there is no device to ask
-
-
-@triton.jit
-def place(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and column of a tile: down GROUP_M tiles, then a column to the right, and so on."""
-    in_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
-    first_tile = tile // in_group * GROUP_M
-    height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first_tile, GROUP_M)
-    return (first_tile + tile % in_group % height) * BLOCK_M, tile % in_group // height * BLOCK_N
 
 
 @triton.jit
@@ -114,66 +105,45 @@ def linear_persistent(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous or not aligned; named.
     """
-    _check(x, weight, bias, activation)
-    out = output("out", out, (x.shape[0], weight.shape[0]), x)
-    # where a kernel keeps the descriptors that it makes; freed on the same stream after it
-    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=x.device))
-    for launch in launches(x, weight, bias, activation, out):
-        launch.run()
-    return out
+    return run(launches(x, weight, bias, activation, out))["out_ptr"]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
-    require("x", x, (None, None), dtype=(torch.float32, torch.float16, torch.bfloat16))
-    require("weight", weight, (None, x.shape[1]), x)
-    if bias is not None:
-        require("bias", bias, weight.shape[:1], x)
-    require_activation(activation, none_allowed=True)
-    for name, tensor in (("x", x), ("weight", weight)):
-        _require_aligned(name, tensor.shape[1], tensor)
+class DescriptorLaunch(Launch):
+    """A launch of a kernel that keeps the descriptors that it makes in memory it is given."""
 
-
-def _require_aligned(name: str, columns: int, tensor: Tensor) -> None:
-    step = 16 // tensor.element_size()
-    if columns % step or (tensor.device.type != "meta" and tensor.data_ptr() % 16):
-        raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got {columns} columns")
+    def run(self) -> None:
+        # of this thread; freed on the same stream after the kernel
+        device = self.arguments["x_ptr"].device
+        triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device))
+        super().run()
 
 
 def launches(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor | None = None
 ) -> list[Launch]:
     """Check the arguments of `linear_persistent` and say what to launch."""
-    _check(x, weight, bias, activation)
-    (rows, depth), columns = x.shape, weight.shape[0]
-    out = output("out", out, (rows, columns), x)
-    _require_aligned("out", columns, out)
-    block_m, block_n, block_k, num_warps, num_stages = TILES[x.dtype != torch.float32]
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
-    launch = Launch(
+    out = plain.checked(x, weight, bias, activation, out)
+    for name, tensor in (("x", x), ("weight", weight), ("out", out)):
+        _require_aligned(name, tensor)
+    tile = TILES[x.dtype != torch.float32]
+    arguments, constants = plain.of_tiles(tile, x, weight, bias, activation, out)
+    launch = DescriptorLaunch(
         linear_persistent_kernel,
-        (min(tiles, _multiprocessors(x)),),
-        {
-            "x_ptr": x,
-            "weight_ptr": weight,
-            "bias_ptr": bias,
-            "out_ptr": out,
-            "rows": rows,
-            "columns": columns,
-            "depth": depth,
-        },
-        {
-            "ACTIVATION": activation,
-            "HAS_BIAS": bias is not None,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "BLOCK_OUT": block_n if block_n <= 128 else block_n // 4,
-            "GROUP_M": GROUP_M,
-        },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (min(plain.num_tiles(tile, out), _multiprocessors(x)),),
+        arguments,
+        {**constants, "BLOCK_OUT": tile.columns if tile.columns <= 128 else tile.columns // 4},
+        tile.num_warps,
+        tile.num_stages,
     )
     return [launch]
+
+
+def _require_aligned(name: str, tensor: Tensor) -> None:
+    columns = tensor.shape[1]
+    if columns * tensor.element_size() % 16:
+        raise ValueError(f"{name}: expected rows of a multiple of 16 bytes, got {columns} columns")
+    if tensor.device.type != "meta" and tensor.data_ptr() % 16:
+        raise ValueError(f"{name}: expected memory that begins at a multiple of 16 bytes, got {tensor.data_ptr():#x}")
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -185,13 +155,3 @@ def _multiprocessors(x: Tensor) -> int:
 def cases() -> list[tuple[int, int, int, str | None]]:
     """(rows, in, out, activation): those of `linear_activation` that fill the chip."""
     return [case for case in plain.cases() if case[0] > 1024]
-
-
-def inputs(case: tuple[int, int, int, str | None], dtype: torch.dtype, device: str, seed: int = 0) -> tuple:
-    """Random arguments of the launcher, outputs aside."""
-    return plain.inputs(case, dtype, device, seed)
-
-
-def work(case: tuple[int, int, int, str | None], dtype: torch.dtype) -> Work:
-    """What one launch must move and compute."""
-    return plain.work(case, dtype)

@@ -9,8 +9,8 @@ registers and writes only their maximum, its place, and the sum of exponentials 
 tiles of a row (the online softmax of Milakov, Gimelshein, arXiv 1805.02867). The logits stay in fp32 from the
 product's accumulators on and are never rounded to the dtype of the weights, so rows that would tie in fp16 do not.
 
-A NaN counts as the largest logit, as in `torch.argmax`: the token is its place, and the log-probability is NaN. So it
-is where a logit is plus infinity, or all are minus infinity. A token is valid whatever the logits.
+A NaN counts as plus infinity: the token is the place of the first of either, and the log-probability is NaN. So it is
+where all logits are minus infinity. A token is valid whatever the logits.
 
 Shapes: x [rows, width]; weight [vocab, width]; fp32, fp16 or bf16, both alike; tokens int64 [rows], log_probs fp32
 [rows]; any number of rows.
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 
 def reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,27 +125,20 @@ def lm_head(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    tokens, log_probs = checked(x, weight, tokens, log_probs)
-    for launch in launches(x, weight, tokens, log_probs):
-        launch.run()
-    return tokens, log_probs
-
-
-def checked(x: Tensor, weight: Tensor, tokens: Tensor | None, log_probs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The outputs of `lm_head`, after a look at all of its arguments."""
-    require("x", x, (None, None), dtype=(torch.float32, torch.float16, torch.bfloat16))
-    rows, width = x.shape
-    require("weight", weight, (None, width), x)
-    if not weight.shape[0]:
-        raise ValueError("weight: expected at least one token, got none")
-    tokens = output("tokens", tokens, (rows,), x, torch.int64)
-    return tokens, output("log_probs", log_probs, (rows,), x, torch.float32)
+    last = run(launches(x, weight, tokens, log_probs))
+    return last["tokens_ptr"], last["log_probs_ptr"]
 
 
 def launches(x: Tensor, weight: Tensor, tokens: Tensor | None = None, log_probs: Tensor | None = None) -> list[Launch]:
     """Check the arguments of `lm_head` and say what to launch."""
-    tokens, log_probs = checked(x, weight, tokens, log_probs)
-    (rows, width), vocab = x.shape, weight.shape[0]
+    require("x", x, (None, None), dtype=DTYPES)
+    rows, width = x.shape
+    require("weight", weight, (None, width), x)
+    vocab = weight.shape[0]
+    if vocab < 1:
+        raise ValueError("weight: expected at least one token, got none")
+    tokens = output("tokens", tokens, (rows,), x, torch.int64)
+    log_probs = output("log_probs", log_probs, (rows,), x, torch.float32)
     block_rows, block_vocab, block_width, num_warps, num_stages = blocks(rows, x.dtype)
     tiles = triton.cdiv(vocab, block_vocab)
     maxima, sums = (torch.empty((rows, tiles), dtype=torch.float32, device=x.device) for _ in range(2))

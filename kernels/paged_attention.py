@@ -14,7 +14,6 @@ Bytes: K and V of the cached tokens once, 3 reads and 3 writes of rows * width e
 element of a head; bound by memory, and at short contexts by the latency of three reads that wait for one another.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
 LOG2_E = 1.4426950408889634
 # Keys a piece. A line has 11 tokens at the mean and a tail past 30, so most rows take one piece.
@@ -164,10 +163,7 @@ def paged_attention(
     Raises:
         ValueError: an argument of another shape, dtype or device, one that is not contiguous, no such layer; named.
     """
-    out = _output(q, out)
-    for launch in launches(q, k, v, memory, layer, block_tables, context_lens, slot_mapping, out):
-        launch.run()
-    return out
+    return run(launches(q, k, v, memory, layer, block_tables, context_lens, slot_mapping, out))["out_ptr"]
 
 
 def launches(
@@ -182,7 +178,7 @@ def launches(
     out: Tensor | None = None,
 ) -> list[Launch]:
     """Check the arguments of `paged_attention` and say what to launch."""
-    out = _output(q, out)
+    require("q", q, (None, None, None), dtype=DTYPES, contiguous_from=1)
     rows, heads, head_dim = q.shape
     require("k", k, q.shape, q, contiguous_from=1)
     require("v", v, q.shape, q, contiguous_from=1)
@@ -193,6 +189,7 @@ def launches(
     require("block_tables", block_tables, (rows, None), q, torch.int32)
     require("context_lens", context_lens, (rows,), q, torch.int32)
     require("slot_mapping", slot_mapping, (rows,), q, torch.int64)
+    out = output("out", out, (rows, heads * head_dim), q)
     dim_block = power_of_two(head_dim)
     launch = Launch(
         paged_attention_kernel,
@@ -224,12 +221,6 @@ def launches(
         num_warps=NUM_WARPS.get(dim_block, 1 if dim_block < 32 else 8),
     )
     return [launch]
-
-
-def _output(q: Tensor, out: Tensor | None) -> Tensor:
-    """q checked, and the tensor that the launcher writes."""
-    require("q", q, (None, None, None), dtype=(torch.float32, torch.float16, torch.bfloat16), contiguous_from=1)
-    return output("out", out, (q.shape[0], math.prod(q.shape[1:])), q)
 
 
 class Case(NamedTuple):

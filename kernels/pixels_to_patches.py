@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels.launch import DTYPES, Launch, Random, Work, output, power_of_two, require, run
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A patch of 16 x 16 pixels is 256 elements of each channel. Eight patches side by side are rows of 128 bytes to read
 # and 512 bytes at a time to write in half precision.
 BLOCK_PATCHES = 8
@@ -88,16 +87,13 @@ def pixels_to_patches(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    shape = _check(pixels, table, patch_size, dtype)
-    out = output("out", out, shape, pixels, dtype)
-    for launch in launches(pixels, table, patch_size, dtype, out):
-        launch.run()
-    return out
+    return run(launches(pixels, table, patch_size, dtype, out))["out_ptr"]
 
 
-def _check(
-    pixels: Tensor, table: Tensor, patch_size: tuple[int, int], dtype: torch.dtype
-) -> tuple[int, int, int]:  # the shape of the result
+def launches(
+    pixels: Tensor, table: Tensor, patch_size: tuple[int, int], dtype: torch.dtype, out: Tensor | None = None
+) -> list[Launch]:
+    """Check the arguments of `pixels_to_patches` and say what to launch."""
     require("pixels", pixels, (None, None, None, None), dtype=torch.uint8)
     batch, channels, image_height, image_width = pixels.shape
     require("table", table, (channels, 256), pixels, torch.float32)
@@ -107,31 +103,23 @@ def _check(
         wanted = " or ".join(str(one).removeprefix("torch.") for one in DTYPES)
         raise ValueError(f"dtype: expected {wanted}, got {dtype}")
     height, width = patch_size
-    return batch, (image_height // height) * (image_width // width), channels * height * width
-
-
-def launches(
-    pixels: Tensor, table: Tensor, patch_size: tuple[int, int], dtype: torch.dtype, out: Tensor | None = None
-) -> list[Launch]:
-    """Check the arguments of `pixels_to_patches` and say what to launch."""
-    batch, in_picture, size = _check(pixels, table, patch_size, dtype)
-    out = output("out", out, (batch, in_picture, size), pixels, dtype)
-    _, channels, image_height, image_width = pixels.shape
-    height, width = patch_size
+    rows, columns, size = image_height // height, image_width // width, channels * height * width
+    out = output("out", out, (batch, rows * columns, size), pixels, dtype)
+    num_patches = batch * rows * columns
     block = min(BLOCK_ELEMENTS, power_of_two(max(size, 1)))
     launch = Launch(
         pixels_to_patches_kernel,
-        (triton.cdiv(batch * in_picture, BLOCK_PATCHES) * triton.cdiv(size, block),),
+        (triton.cdiv(num_patches, BLOCK_PATCHES) * triton.cdiv(size, block),),
         {
             "pixels_ptr": pixels,
             "table_ptr": table,
             "out_ptr": out,
-            "num_patches": batch * in_picture,
+            "num_patches": num_patches,
             "channels": channels,
             "image_height": image_height,
             "image_width": image_width,
-            "rows": image_height // height,
-            "columns": image_width // width,
+            "rows": rows,
+            "columns": columns,
             "size": size,
         },
         {"HEIGHT": height, "WIDTH": width, "BLOCK_PATCHES": BLOCK_PATCHES, "BLOCK_ELEMENTS": block},

@@ -16,27 +16,20 @@ Bytes: out * in weights, and rows * (in + out) elements. FLOPs: 2 * rows * out *
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trocr_fast.kernels.bias_gelu import ACTIVATIONS, activate, require_activation
-from trocr_fast.kernels.launch import Launch, Random, Work, output, power_of_two, require
+from trocr_fast.kernels import linear_activation as plain
+from trocr_fast.kernels.bias_gelu import activate
+from trocr_fast.kernels.launch import Launch, power_of_two, run
+
+reference, inputs, work = plain.reference, plain.inputs, plain.work
 
 MAX_ROWS = 16
 MAX_ROWS_SUMMED = 4  # above, matrix units
 # The least number of programs worth having: about one for each multiprocessor of an H200 (132) or an A100 (108).
 FILLED = 128
-
-
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """The same mathematics in PyTorch, fp32 inside (fp64 for fp64), rounded once at the end."""
-    inside = torch.promote_types(x.dtype, torch.float32)
-    out = F.linear(x.to(inside), weight.to(inside), None if bias is None else bias.to(inside))
-    if activation is not None:
-        out = ACTIVATIONS[activation](out)
-    return out.to(x.dtype)
 
 
 @triton.jit
@@ -182,31 +175,17 @@ def skinny_linear(
     Raises:
         ValueError: an argument of another shape, dtype or device, or one that is not contiguous; named.
     """
-    out = checked(x, weight, bias, activation, out)
-    for launch in launches(x, weight, bias, activation, out):
-        launch.run()
-    return out
-
-
-def checked(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor | None) -> Tensor:
-    """The output of `skinny_linear`, after a look at all of its arguments."""
-    require("x", x, (None, None), dtype=(torch.float32, torch.float16, torch.bfloat16))
-    rows, width_in = x.shape
-    if rows > MAX_ROWS:
-        raise ValueError(f"x: expected at most {MAX_ROWS} rows, got {rows}")
-    require("weight", weight, (None, width_in), x)
-    if bias is not None:
-        require("bias", bias, (weight.shape[0],), x)
-    require_activation(activation, none_allowed=True)
-    return output("out", out, (rows, weight.shape[0]), x)
+    return run(launches(x, weight, bias, activation, out))["out_ptr"]
 
 
 def launches(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, out: Tensor | None = None
 ) -> list[Launch]:
     """Check the arguments of `skinny_linear` and say what to launch."""
-    out = checked(x, weight, bias, activation, out)
+    out = plain.checked(x, weight, bias, activation, out)
     (rows, width_in), width_out = x.shape, weight.shape[0]
+    if rows > MAX_ROWS:
+        raise ValueError(f"x: expected at most {MAX_ROWS} rows, got {rows}")
     block_out, block_in, splits, num_warps, num_stages = blocks(rows, width_in, width_out, x.dtype)
     # whole tiles, so that no split but the last has an edge
     part = triton.cdiv(triton.cdiv(width_in, splits), block_in) * block_in
@@ -295,19 +274,3 @@ def cases() -> list[tuple[int, int, int, str | None]]:
         (1, 256, 64044, None),
         (16, 256, 256, None),
     ]
-
-
-def inputs(case: tuple[int, int, int, str | None], dtype: torch.dtype, device: str, seed: int = 0) -> tuple:
-    """Random arguments of the launcher, output aside."""
-    rows, width_in, width_out, activation = case
-    draw = Random(dtype, device, seed)
-    x, bias = draw((rows, width_in)), draw((width_out,))
-    # outputs of about one, where an activation bends
-    return x, draw((width_out, width_in), scale=max(width_in, 1) ** -0.5), bias, activation
-
-
-def work(case: tuple[int, int, int, str | None], dtype: torch.dtype) -> Work:
-    """What the launches must move and compute."""
-    rows, width_in, width_out, _ = case
-    elements = width_out * width_in + width_out + rows * (width_in + width_out)
-    return Work(num_bytes=elements * dtype.itemsize, flops=2 * rows * width_out * width_in)

@@ -100,7 +100,8 @@ def test_first_logits_are_the_published_ones(name, picture, expected, tolerance)
     generation, decoder = model.config.generation, model.decoder
     memory = model.encode(pixel_values(folder, image))
     start = torch.tensor([generation.decoder_start_token_id])
-    logits = decoder.step(start, decoder.start(1, 1), memory, decoder.positions(generation.use_cache))
+    fed = decoder.step(start, decoder.start(1, 1), memory, decoder.positions(generation.use_cache))
+    logits = decoder.logits(fed)
     assert logits.shape == (1, model.config.decoder.vocab_size)
     torch.testing.assert_close(logits[0, :10], torch.tensor(expected), rtol=1e-4, atol=tolerance)
 

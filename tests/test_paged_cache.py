@@ -200,13 +200,15 @@ def test_decode_state_grows_and_loses_rows_like_a_dense_cache(device: str) -> No
             state.remove(1)
             live[1] = live[-1]
             live.pop()
-        state.begin_step()
+        paged = state.begin_step()
+        assert paged.longest == step + 1 and paged.context_lens.tolist() == [step + 1] * len(live)
         for layer in range(layers):
             k, v = values[step, layer, :, live]
-            keys, cached = state.append(layer, k, v)
-            expected = values[: step + 1, layer][:, :, live].permute(1, 2, 3, 0, 4)  # [2, rows, heads, steps, head_dim]
-            assert torch.equal(keys, expected[0]) and torch.equal(cached, expected[1])
-        state.length += 1
+            paged.cache.write(layer, k, v, paged.slot_mapping)
+            found = k.new_empty((2, len(live), heads, step + 1, head_dim))
+            paged.cache.gather(layer, paged.block_tables, paged.context_lens, *found)
+            # [2, rows, heads, steps, head_dim]
+            assert torch.equal(found, values[: step + 1, layer][:, :, live].permute(1, 2, 3, 0, 4))
     state._kv.cache.check_integrity()
     assert state._kv.cache.num_used == len(live) * num_tokens
 

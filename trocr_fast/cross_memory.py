@@ -78,7 +78,7 @@ class KVMemory:
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         k, v = self._kv[layer]
-        return ops.decode_attention(q, k, v)
+        return ops.cross_attention(q, k, v)
 
     def remove(self, row: int) -> None:
         last = self._kv.shape[2] - 1

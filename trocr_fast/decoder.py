@@ -10,7 +10,7 @@ from torch import Tensor
 from trocr_fast import ops
 from trocr_fast.config import DecoderConfig
 from trocr_fast.cross_memory import CrossMemory, CrossWeights
-from trocr_fast.paged_cache import BLOCK_SIZE, OutOfBlocks, PagedKV, StepBuffers
+from trocr_fast.paged_cache import BLOCK_SIZE, OutOfBlocks, PagedKV, PagedStep, StepBuffers
 from trocr_fast.weights import EMBEDDING, HEAD
 
 LAYER_NORM_EPS = 1e-5  # not configurable in TrOCR
@@ -37,8 +37,8 @@ class LearnedPositions:
         self._table = table  # [max_position_embeddings + 2, width]
         self.limit = table.shape[0] - 2  # tokens that can be fed
 
-    def __call__(self, tokens: Tensor, step: int, num_counted: Tensor) -> Tensor:
-        return self._table[step + 2].expand(tokens.shape[0], -1)
+    def __call__(self, tokens: Tensor, step: PagedStep, num_counted: Tensor) -> Tensor:
+        return self._table[step.context_lens + 1]
 
 
 class SinusoidalPositions:
@@ -70,11 +70,11 @@ class SinusoidalPositions:
             table[self._pad] = 0
         return table.to(self._dtype).to(self._device)
 
-    def __call__(self, tokens: Tensor, step: int, num_counted: Tensor) -> Tensor:
-        while self._table.shape[0] < step + self._pad + 2:
+    def __call__(self, tokens: Tensor, step: PagedStep, num_counted: Tensor) -> Tensor:
+        while self._table.shape[0] < step.longest + self._pad + 1:
             self._table = self._rows(2 * self._table.shape[0])
         is_token = tokens != self._pad
-        position = torch.full_like(tokens, step + 1) if self._count_pads else num_counted
+        position = step.context_lens if self._count_pads else num_counted
         return self._table[position * is_token + self._pad]
 
 
@@ -99,8 +99,8 @@ class DecodeState:
         self._num_columns = FIRST_TOKENS  # of the block tables
         self._buffers = StepBuffers(num_rows, self._num_columns, device)
 
-    def begin_step(self) -> None:
-        """Make room for one token more of every row."""
+    def begin_step(self) -> PagedStep:
+        """Make room for one token more of every row, and count it."""
         try:
             slots = self._kv.reserve(self._sequences)
         except OutOfBlocks:
@@ -109,19 +109,16 @@ class DecodeState:
         if self.length >= self._num_columns * BLOCK_SIZE:
             self._num_columns *= 2
             self._buffers = StepBuffers(len(self._sequences), self._num_columns, self._kv.memory.device)
-        self._buffers.fill(self._kv.cache, self._sequences, slots)
-        rows, (_, _, _, num_heads, head_dim) = len(self._sequences), self._kv.memory.shape[1:]
-        # Used by one layer after the other
-        self._keys = self._kv.memory.new_empty((rows, num_heads, self.length + 1, head_dim))
-        self._values = torch.empty_like(self._keys)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this step's k and v [rows, heads, head_dim]; gives all steps' [rows, heads, steps, head_dim]."""
-        rows, buffers = len(self._sequences), self._buffers
-        self._kv.write(layer, k, v, buffers.slot_mapping[:rows])
-        tables, lengths = buffers.block_tables[:rows], buffers.context_lens[:rows]
-        self._kv.gather(layer, tables, lengths, self._keys, self._values)
-        return self._keys, self._values
+        buffers, rows = self._buffers, len(self._sequences)
+        buffers.fill(self._kv.cache, self._sequences, slots)
+        self.length += 1
+        return PagedStep(
+            self._kv,
+            buffers.slot_mapping[:rows],
+            buffers.context_lens[:rows],
+            buffers.block_tables[:rows],
+            self.length,
+        )
 
     def remove(self, row: int) -> None:
         """Drop a row; the last row takes its place."""
@@ -204,7 +201,7 @@ class Decoder:
             positions: as given by `positions`.
 
         Returns:
-            logits [rows, vocab_size] of the next token.
+            [rows, width], from which `logits` or `greedy_token` come.
 
         Raises:
             ValueError: the rows are as long as the position table.
@@ -216,18 +213,18 @@ class Decoder:
             )
         config = self.config
         by_head = (tokens.shape[0], config.num_heads, config.head_dim)
-        state.begin_step()
+        step = state.begin_step()
         state.num_counted += tokens != config.pad_token_id if config.pad_token_id is not None else 1
 
         x = self.embedding[tokens] * self.embed_scale  # [rows, width]
-        x = x + positions(tokens, state.length, state.num_counted)
+        x = x + positions(tokens, step, state.num_counted)
         if self._embedding_norm is not None:
             x = ops.layernorm(x, *self._embedding_norm, LAYER_NORM_EPS)
 
         for index, layer in enumerate(self.layers):
             q, k, v = ops.linear(x, *layer.qkv).chunk(3, dim=-1)
-            keys, values = state.append(index, k.view(by_head), v.view(by_head))
-            attended = ops.decode_attention(q.view(by_head) * self.q_scale, keys, values)
+            q = (q * self.q_scale).view(by_head)
+            attended = ops.paged_attention(q, k.view(by_head), v.view(by_head), index, step)
             _, x = ops.add_layernorm(ops.linear(attended, *layer.self_out), x, *layer.self_norm, LAYER_NORM_EPS)
 
             q = ops.linear(x, *layer.cross_q) * self.q_scale
@@ -236,5 +233,12 @@ class Decoder:
 
             hidden = ops.linear(x, *layer.fc1, activation=config.activation)
             _, x = ops.add_layernorm(ops.linear(hidden, *layer.fc2), x, *layer.final_norm, LAYER_NORM_EPS)
-        state.length += 1
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[rows, vocab_size] of the next token; x [rows, width] from `step`."""
         return ops.linear(x, self.head)
+
+    def greedy_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The best next token, int64 [rows], and its log-probability, fp32 [rows]; x [rows, width] from `step`."""
+        return ops.greedy_token(x, self.head)

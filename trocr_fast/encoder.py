@@ -61,17 +61,18 @@ class Encoder:
             )
         self.final_norm = pair("layernorm")
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, table: Tensor | None = None) -> Tensor:
         """Encode pictures.
 
         Args:
-            pixels: floating-point [batch, channels, H, W], normalised, of the config's `image_size`.
+            pixels: [batch, channels, H, W] of the config's `image_size`: floating-point and normalised, or uint8.
+            table: for uint8 pixels: fp32 [channels, 256], the normalised value of each of the 256 values.
 
         Returns:
             [batch, num_tokens, hidden_size] in the weights' dtype.
 
         Raises:
-            ValueError: pixels of another shape.
+            ValueError: pixels of another shape, or uint8 without a table.
         """
         config = self.config
         expected = (config.num_channels, *config.image_size)
@@ -80,8 +81,13 @@ class Encoder:
                 f"pixel_values: expected shape [batch, {', '.join(map(str, expected))}] (channels, height, width), "
                 f"got {list(pixels.shape)}"
             )
-        patches = ops.pixels_to_patches(pixels.to(self.patch_weight.dtype), config.patch_size)
-        x = ops.linear(patches, self.patch_weight, self.patch_bias)  # [batch, patches, width]
+        if pixels.is_floating_point():
+            patches = ops.cut_patches(pixels.to(self.patch_weight.dtype), config.patch_size)
+        elif pixels.dtype == torch.uint8 and table is not None:
+            patches = ops.pixels_to_patches(pixels, table, config.patch_size, self.patch_weight)
+        else:
+            raise ValueError(f"pixel_values: expected floating-point, or uint8 and its table, got {pixels.dtype}")
+        x = ops.linear(patches, self.patch_weight, self.patch_bias)  # [batch, patches, hidden_size]
         x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [batch, tokens, width]
         x = x + self.positions
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from trocr_fast import __version__, _csrc
+from trocr_fast import __version__, _csrc, ops
 from trocr_fast.trocr import TrOCR
 
 
@@ -37,6 +37,11 @@ def describe(ocr: TrOCR) -> Iterator[tuple[str, str]]:
     parameters = {tensor.data_ptr(): tensor.numel() for tensor in model.parameters()}
     yield "parameters", f"{sum(parameters.values()) / 1e6:.2f} M"
     yield "runs on", f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
+    chosen = {name: ops.backend(name, model.device, model.dtype) for name in ops.OPERATIONS}
+    for backend in ops.BACKENDS:
+        names = [name for name, choice in chosen.items() if choice == backend]
+        if names:
+            yield f"computed by {backend}", ", ".join(names) if len(names) < len(chosen) else "everything"
     size = encoder.image_size
     memory = model.encode(torch.zeros(1, encoder.num_channels, *size, dtype=model.dtype, device=model.device))
     yield "cross memory", f"{model.cross_memory}, {memory.num_bytes / 1e6:.3g} MB a line"

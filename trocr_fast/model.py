@@ -64,22 +64,27 @@ class Model:
         yield from self.projection or ()
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> CrossMemory:
-        """Pixels, floating-point [batch, channels, H, W], -> cross memory of as many rows."""
-        states = self.encoder(pixels.to(self.device))  # [batch, tokens, hidden_size]
+    def encode(self, pixels: Tensor, table: Tensor | None = None) -> CrossMemory:
+        """Pixels [batch, channels, H, W], as `Encoder` takes them, -> cross memory of as many rows."""
+        if table is not None:
+            table = table.to(self.device)
+        states = self.encoder(pixels.to(self.device), table)  # [batch, tokens, hidden_size]
         if self.projection is not None:
             states = ops.linear(states, *self.projection)  # [batch, tokens, d_model]
         return make_cross_memory(self.cross_memory, states, self.decoder.cross_weights)
 
     @torch.inference_mode()
-    def greedy(self, pixels: Tensor, max_length: int, use_cache: bool | None = None) -> list[Hypothesis]:
+    def greedy(
+        self, pixels: Tensor, max_length: int, use_cache: bool | None = None, table: Tensor | None = None
+    ) -> list[Hypothesis]:
         """Decode pictures greedily.
 
         Args:
-            pixels: floating-point [batch, channels, H, W], normalised.
+            pixels: [batch, channels, H, W], floating-point and normalised, or uint8 with `table`.
             max_length: total length at which a row is cut, the start token counted.
             use_cache: which of transformers' two position rules a sinusoidal decoder follows; by default the
                 checkpoint's. It never changes how much is computed.
+            table: fp32 [channels, 256], the normalised value of each of the 256 values of a pixel.
 
         Returns:
             One hypothesis a picture.
@@ -87,15 +92,15 @@ class Model:
         generation = self.config.generation
         positions = self.decoder.positions(generation.use_cache if use_cache is None else use_cache)
 
-        def step(tokens: Tensor, state: DecodeState, memory: CrossMemory) -> Tensor:
-            return self.decoder.step(tokens, state, memory, positions)
+        def step(tokens: Tensor, state: DecodeState, memory: CrossMemory) -> tuple[Tensor, Tensor]:
+            return self.decoder.greedy_token(self.decoder.step(tokens, state, memory, positions))
 
         if len(pixels) == 0:
             return []
         return greedy_search(
             step,
             self.decoder.start(len(pixels), max_length),
-            self.encode(pixels),
+            self.encode(pixels, table),
             len(pixels),
             generation.decoder_start_token_id,
             generation.eos_token_ids,

@@ -1,19 +1,98 @@
 """The one door between the model and its arithmetic.
 
-Encoder, cross memory, decoder and search call nothing below this module, so that an operation can be computed by
-another implementation without touching them. Softmax and statistics are computed in fp32 whatever the dtype.
+Encoder, cross memory, decoder and search call nothing below this module. Each operation has an implementation in
+PyTorch (`trocr_fast.torch_ops`) and one in Triton (`trocr_fast.triton_ops`), and `backend` says which one computes it:
+on a CPU PyTorch's, on a GPU Triton's but for those of `SLOWER_IN_TRITON`. `use`, or the environment variable
+TROCR_FAST_OPS ("encoder_attention=torch,linear=triton", "all=torch"), chooses otherwise, so that a kernel can be left
+out, or the whole model be run through Triton's interpreter on a CPU (TRITON_INTERPRET=1).
+
+Softmax and statistics are computed in fp32 whatever the dtype.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS = {
-    "gelu": F.gelu,  # the exact one, by erf
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
+from trocr_fast import torch_ops
+from trocr_fast.errors import UsageError
+from trocr_fast.paged_cache import PagedStep
+
+BACKENDS = ("torch", "triton")
+OPERATIONS = (
+    "pixels_to_patches",
+    "linear",
+    "linear_activation",
+    "skinny_linear",
+    "add_layernorm",
+    "encoder_attention",
+    "paged_attention",
+    "cross_attention",
+    "latent_cross_attention",
+    "greedy_token",
+)
+FEW_ROWS = 16  # up to which a linear layer is `skinny_linear`
+
+# On a GPU these stay with PyTorch. A plain product has nothing to fuse. In fp32 Triton multiplies without matrix units
+# and without the libraries' care for registers, so what is bound by arithmetic stays there, too.
+SLOWER_IN_TRITON = {
+    torch.float32: {"linear", "linear_activation", "encoder_attention", "latent_cross_attention"},
+    torch.float16: {"linear"},
+    torch.bfloat16: {"linear"},
 }
+
+
+def parse(text: str) -> dict[str, str]:
+    """The choices in a text like "encoder_attention=torch,linear=triton"; later ones win, "all" is every operation.
+
+    Raises:
+        UsageError: an operation or backend that does not exist.
+    """
+    chosen: dict[str, str] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        operation, _, name = part.partition("=")
+        if operation not in (*OPERATIONS, "all"):
+            raise UsageError(f"operation: expected one of {', '.join(OPERATIONS)} or all, got {operation!r}")
+        if name not in BACKENDS:
+            raise UsageError(f"{operation}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        chosen.update(dict.fromkeys(OPERATIONS if operation == "all" else (operation,), name))
+    return chosen
+
+
+_chosen = parse(os.environ.get("TROCR_FAST_OPS", ""))
+
+
+@contextmanager
+def use(text: str) -> Iterator[None]:
+    """Choose backends, as TROCR_FAST_OPS does, for the time of a `with` block, in all threads.
+
+    Raises:
+        UsageError: see `parse`.
+    """
+    global _chosen
+    before, _chosen = _chosen, _chosen | parse(text)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def backend(operation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation computes an operation on tensors of this device and dtype."""
+    if operation in _chosen:
+        return _chosen[operation]
+    return "triton" if device.type == "cuda" and operation not in SLOWER_IN_TRITON.get(dtype, OPERATIONS) else "torch"
+
+
+def _of(operation: str, x: Tensor) -> ModuleType:
+    if backend(operation, x.device, x.dtype) == "torch":
+        return torch_ops
+    from trocr_fast import triton_ops  # late: importing Triton takes time that a CPU has no use for
+
+    return triton_ops
 
 
 def normalise_pixels(pixels: Tensor, table: Tensor) -> Tensor:
@@ -26,12 +105,10 @@ def normalise_pixels(pixels: Tensor, table: Tensor) -> Tensor:
     Returns:
         fp32 [batch, channels, H, W].
     """
-    offsets = torch.arange(table.shape[0], device=pixels.device, dtype=torch.int32) * 256
-    index = pixels.int() + offsets.view(1, -1, 1, 1)
-    return table.flatten().index_select(0, index.flatten()).view(pixels.shape)
+    return torch_ops.normalise_pixels(pixels, table)
 
 
-def pixels_to_patches(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
+def cut_patches(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cut pictures into patches, row by row; what is left over at the right and bottom edge is dropped.
 
     Args:
@@ -41,29 +118,40 @@ def pixels_to_patches(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
     Returns:
         [batch, (H // height) * (W // width), channels * height * width].
     """
-    batch, channels, image_height, image_width = pixels.shape
-    height, width = patch_size
-    rows, columns = image_height // height, image_width // width
-    pixels = pixels[:, :, : rows * height, : columns * width]
-    patches = pixels.reshape(batch, channels, rows, height, columns, width)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * height * width)
+    return torch_ops.cut_patches(pixels, patch_size)
+
+
+def pixels_to_patches(pixels: Tensor, table: Tensor, patch_size: tuple[int, int], weight: Tensor) -> Tensor:
+    """`cut_patches` of the normalised pixels, in the dtype of `weight`.
+
+    Args:
+        pixels, table: as of `normalise_pixels`.
+        patch_size: (height, width).
+        weight: of the layer that takes the patches.
+    """
+    return _of("pixels_to_patches", weight).pixels_to_patches(pixels, table, patch_size, weight.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """`activation(x @ weight.T + bias)`; x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    out = F.linear(x, weight, bias)
-    return out if activation is None else _ACTIVATIONS[activation](out)
+    """`activation(x @ weight.T + bias)`; x [..., in], weight [out, in], bias [out] -> [..., out].
+
+    Three operations to `backend`: `skinny_linear` of few rows, `linear_activation` and `linear` of more.
+    """
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        return _of("skinny_linear", x).skinny_linear(x, weight, bias, activation)
+    if activation is not None:
+        return _of("linear_activation", x).linear_activation(x, weight, bias, activation)
+    return _of("linear", x).linear(x, weight, bias, None)
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension; x [..., width], weight and bias [width]."""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    return torch_ops.layernorm(x, weight, bias, eps)
 
 
 def add_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`sum = x + residual`, and LayerNorm of the sum; all [..., width]. Returns (sum, normalised)."""
-    total = x + residual
-    return total, layernorm(total, weight, bias, eps)
+    return _of("add_layernorm", x).add_layernorm(x, residual, weight, bias, eps)
 
 
 def encoder_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -75,57 +163,65 @@ def encoder_attention(qkv: Tensor, num_heads: int) -> Tensor:
     Returns:
         [batch, tokens, width].
     """
-    batch, tokens, _ = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # [batch, heads, tokens, head_dim]
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
+    return _of("encoder_attention", qkv).encoder_attention(qkv, num_heads)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query a row, over the row's own keys or over the cached ones of its picture.
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep) -> Tensor:
+    """Store the new tokens' keys and values in the cache, and attend over those of each row, the new one included.
 
     Args:
-        q: [rows, heads, head_dim], already scaled.
-        k, v: [rows, heads, keys, head_dim].
+        q, k, v: [rows, heads, head_dim], q scaled; the first stride is free.
+        layer: whose part of the cache.
+        step: of these rows.
+
+    Returns:
+        [rows, heads * head_dim]; zeros for a row of length 0.
+    """
+    return _of("paged_attention", q).paged_attention(q, k, v, layer, step)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None = None) -> Tensor:
+    """Attention of a decode step over the cached keys and values of each row's line.
+
+    Args:
+        q: [rows, heads, head_dim], already scaled; the rows of a line, its beams, side by side.
+        k, v: [slots, heads, keys, head_dim].
+        slots: int32 [lines], where each line's keys and values are; None: in the order of the lines.
 
     Returns:
         [rows, heads * head_dim].
     """
-    scores = torch.matmul(q.unsqueeze(2), k.transpose(2, 3))  # [rows, heads, 1, keys]
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return torch.matmul(probabilities, v).flatten(1)
+    return _of("cross_attention", q).cross_attention(q, k, v, slots)
 
 
-def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
+def latent_cross_attention(
+    q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor, slots: Tensor | None = None
+) -> Tensor:
     """Cross-attention over the encoder states themselves, without projected keys and values.
 
     With `K = E Wk^T + bk`, `q K^T = (q Wk) E^T + q bk`, whose last term is the same for all keys and drops out of the
     softmax; and with probabilities P that sum to one `P V = (P E) Wv^T + bv`, whose bias the caller adds.
 
     Args:
-        q: [rows, heads, head_dim], already scaled.
-        states: [rows, keys, cross_width]: E, the encoder's output; all heads and layers share it.
+        q: [rows, heads, head_dim], already scaled; the rows of a line, its beams, side by side.
+        states: [slots, keys, cross_width]: E, the encoder's output; all heads and layers share it.
         k_weight, v_weight: [heads, head_dim, cross_width].
+        slots: as of `cross_attention`.
 
     Returns:
         [rows, heads * head_dim], without the bias of V.
     """
-    latent_q = torch.matmul(q.transpose(0, 1), k_weight).transpose(0, 1)  # [rows, heads, cross_width]
-    scores = torch.matmul(latent_q, states.transpose(1, 2))  # [rows, heads, keys]
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(states.dtype)
-    context = torch.matmul(probabilities, states)  # [rows, heads, cross_width]
-    out = torch.matmul(context.transpose(0, 1), v_weight.transpose(1, 2))  # [heads, rows, head_dim]
-    return out.transpose(0, 1).flatten(1)
+    return _of("latent_cross_attention", q).latent_cross_attention(q, states, k_weight, v_weight, slots)
 
 
-def greedy_token(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The best token of each row, the first of equals, and its log-probability.
+def greedy_token(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of the greatest logit in each row of `x @ head.T`, the first of equals, and its log-probability.
 
     Args:
-        logits: [rows, vocab_size].
+        x: [rows, width].
+        head: [vocab_size, width].
 
     Returns:
         int64 [rows] and fp32 [rows].
     """
-    logits = logits.float()
-    best = logits.argmax(-1)
-    return best, logits.gather(1, best.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+    return _of("greedy_token", x).greedy_token(x, head)

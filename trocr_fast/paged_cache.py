@@ -15,7 +15,7 @@ from torch import Tensor
 from trocr_fast import _csrc
 from trocr_fast._csrc import OutOfBlocks
 
-__all__ = ["BLOCK_SIZE", "OutOfBlocks", "PagedKV", "StepBuffers", "Swapped"]
+__all__ = ["BLOCK_SIZE", "OutOfBlocks", "PagedKV", "PagedStep", "StepBuffers", "Swapped"]
 
 # A line has some eleven tokens: in larger blocks most of it would lie in a part-filled one, which every beam step would
 # have to copy (docs/decisions.md).
@@ -235,6 +235,17 @@ class PagedKV:
             event.record(torch.cuda.current_stream(self.memory.device))
             self._leaving = [(other, kept) for other, kept in self._leaving if not other.query()]
             self._leaving.append((event, host))
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """Where the tokens of a decode step go in the cache, and what their rows look at."""
+
+    cache: PagedKV
+    slot_mapping: Tensor  # int64 [rows], of the new tokens; -1 stores nothing
+    context_lens: Tensor  # int32 [rows], the new token counted; 0: a row that is not there
+    block_tables: Tensor  # int32 [rows, max_blocks]
+    longest: int  # of context_lens, known without asking the device
 
 
 class StepBuffers:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trocr_fast import ops
 from trocr_fast.cross_memory import CrossMemory
 from trocr_fast.decoder import DecodeState
 
@@ -27,8 +26,8 @@ class Hypothesis:
         return math.exp(sum(self.log_probs) / len(self.log_probs))
 
 
-# Feeds one token a row, int64 [rows], and gives the logits [rows, vocab_size] of the next.
-Step = Callable[[Tensor, DecodeState, CrossMemory], Tensor]
+# Feeds one token a row, int64 [rows]; gives the next, int64 [rows], and their log-probabilities, fp32 [rows].
+Step = Callable[[Tensor, DecodeState, CrossMemory], tuple[Tensor, Tensor]]
 
 
 def greedy_search(
@@ -44,7 +43,7 @@ def greedy_search(
     """Take the best token of every row until it ends; a row that has ended leaves the batch at once.
 
     Args:
-        step: one step of the decoder.
+        step: one step of the decoder, and the best tokens after it.
         state, memory: of `num_rows` rows; used up.
         max_length: total length at which a row is cut, the start token counted.
 
@@ -57,7 +56,7 @@ def greedy_search(
     for _ in range(max_length - 1):
         if not live:
             break
-        tokens, log_probs = ops.greedy_token(step(tokens, state, memory))
+        tokens, log_probs = step(tokens, state, memory)
         for hypothesis, token, log_prob in zip(live, tokens.tolist(), log_probs.tolist(), strict=True):
             hypothesis.tokens.append(token)
             hypothesis.log_probs.append(log_prob)

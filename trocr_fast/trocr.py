@@ -19,6 +19,7 @@ from trocr_fast.image_config import ImageConfig
 from trocr_fast.images import DEFAULT_FORMATS, DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
 from trocr_fast.line import Line
 from trocr_fast.model import Model
+from trocr_fast.search import Hypothesis
 from trocr_fast.text import TextDecoder
 
 OUTPUT_FLAGS = frozenset(
@@ -190,7 +191,7 @@ class TrOCR:
 
     def _read_batch(self, batch: list[tuple[str | None, np.ndarray | PictureError]], max_length: int) -> Iterator[Line]:
         good = [pixels for _, pixels in batch if not isinstance(pixels, PictureError)]
-        found = self.model.greedy(self.pixel_values(good), max_length) if good else []
+        found = self._greedy(good, max_length) if good else []
         texts = self.text.batch_decode([hypothesis.tokens for hypothesis in found])
         read = iter(zip(found, texts, strict=True))
         for path, pixels in batch:
@@ -208,6 +209,11 @@ class TrOCR:
                     token_ids=hypothesis.tokens,
                     truncated=not hypothesis.ended,
                 )
+
+    def _greedy(self, pixels: list[np.ndarray], max_length: int) -> list[Hypothesis]:
+        """uint8 pictures [3, H, W] to hypotheses; they stay uint8 until patches are cut on the device."""
+        batch = torch.from_numpy(np.stack(pixels)).to(self.model.device)
+        return self.model.greedy(batch, max_length, table=torch.from_numpy(self.images.table))
 
     def pixel_values(self, pixels: list[np.ndarray]) -> Tensor:
         """uint8 pictures [3, H, W] -> normalised fp32 [batch, 3, H, W], on the model's device."""

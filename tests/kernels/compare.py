@@ -1,10 +1,42 @@
-"""How close a kernel is to its reference, and how close it must be."""
+"""What the tests of all kernels share: where they run, over what, and how close to its reference a kernel must be."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from trocr_fast.kernels.launch import DTYPES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def over(small: Sequence[Any], real: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by `shape` and `dtype`: the small shapes in fp32 and fp16, and on a GPU everything.
+
+    The interpreter is too slow for real shapes, and gets the arithmetic of bf16 wrong.
+    """
+    return pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [
+            *(pytest.param(shape, dtype, id=f"{shape}-{dtype}") for shape in small for dtype in DTYPES[:2]),
+            *(
+                pytest.param(shape, dtype, id=f"gpu-{shape}-{dtype}", marks=pytest.mark.gpu)
+                for shape in [*small, *real]
+                for dtype in DTYPES
+            ),
+        ],
+    )
+
+
+def assert_refused(
+    launcher: Callable[..., Any], arguments: Sequence[Any], index: int, change: Callable[[Any], Any], name: str
+) -> None:
+    """With this argument changed the launcher raises, and says so of `name`."""
+    wrong = [change(value) if place == index else value for place, value in enumerate(arguments)]
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        launcher(*wrong)
 
 
 def double(value: Any) -> Any:
