@@ -19,8 +19,9 @@ from torch import Tensor
 from bench import report
 from trocr_fast.checkpoint import BUILTIN
 from trocr_fast.config import CheckpointConfig
-from trocr_fast.cross_memory import KINDS, make_cross_memory
+from trocr_fast.cross_memory import KINDS, CrossMemory, Lines, make_cross_memory
 from trocr_fast.decoder import Decoder
+from trocr_fast.lanes import Lanes
 from trocr_fast.weights import expected_shapes
 
 TOKENS = 20
@@ -51,21 +52,22 @@ def measure(config: CheckpointConfig, dtype: torch.dtype, batch: int) -> dict[st
     decoder = random_decoder(config, dtype)
     states = torch.randn(batch, config.encoder.num_tokens, config.decoder.cross_width).to(DEVICE, dtype)
     positions = decoder.positions(count_pads=True)
-    tokens = torch.full((batch,), 5, device=DEVICE)
+    tokens, slots = torch.full((batch,), 5, device=DEVICE), torch.arange(batch, device=DEVICE)
     times: dict[str, dict[str, list[float]]] = {kind: {"make": [], "step": []} for kind in KINDS}
     megabytes = {}
     for _ in range(ROUNDS):
         for kind in KINDS:
-            memory = make_cross_memory(kind, states, decoder.cross_weights)
+            memory = make_cross_memory(kind, decoder.cross_weights, batch, states.shape[1])
+            memory.write(slots, states)  # the first touches new memory
             megabytes[kind] = memory.num_bytes / 1e6
-            state = decoder.start(batch, 8)
+            lanes = Lanes(decoder.config, batch, 1, dtype, DEVICE)
+            for lane in range(batch):
+                lanes.admit(lane)
 
-            def step(state: Any = state, memory: Any = memory) -> Tensor:
-                return decoder.logits(decoder.step(tokens, state, memory, positions))
+            def step(lanes: Lanes = lanes, memory: CrossMemory = memory) -> Tensor:
+                return decoder.logits(decoder.step(tokens, lanes.begin_step(batch), Lines(memory, batch), positions))
 
-            times[kind]["make"].append(
-                seconds(lambda kind=kind: make_cross_memory(kind, states, decoder.cross_weights))  # type: ignore[misc]
-            )
+            times[kind]["make"].append(seconds(lambda memory=memory: memory.write(slots, states)))  # type: ignore[misc]
             step()  # the first touches new memory
             times[kind]["step"].append(min(seconds(step) for _ in range(4)))
     found = {}

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.parity.models import greedy
 from trocr_fast.checkpoint import resolve_checkpoint
 from trocr_fast.image_config import ImageConfig
 from trocr_fast.images import ImageProcessor
+from trocr_fast.lanes import Lanes
 from trocr_fast.model import Model
 from trocr_fast.text import TextDecoder
 from trocr_fast.verify import repair_sinusoidal_positions
@@ -98,9 +100,11 @@ def test_first_logits_are_the_published_ones(name, picture, expected, tolerance)
     folder = resolve_checkpoint(name)
     model = Model.load(folder, CPU, torch.float32)
     generation, decoder = model.config.generation, model.decoder
-    memory = model.encode(pixel_values(folder, image))
+    lines = model.encode(pixel_values(folder, image))
+    lanes = Lanes(decoder.config, 1, 1, torch.float32, CPU)
+    lanes.admit(0)
     start = torch.tensor([generation.decoder_start_token_id])
-    fed = decoder.step(start, decoder.start(1, 1), memory, decoder.positions(generation.use_cache))
+    fed = decoder.step(start, lanes.begin_step(1), lines, decoder.positions(generation.use_cache))
     logits = decoder.logits(fed)
     assert logits.shape == (1, model.config.decoder.vocab_size)
     torch.testing.assert_close(logits[0, :10], torch.tensor(expected), rtol=1e-4, atol=tolerance)
@@ -118,7 +122,7 @@ def test_every_family_gives_the_tokens_of_transformers(name, picture):
     repair_sinusoidal_positions(reference)
     expected = reference.generate(pixels, max_new_tokens=40)[0].tolist()
     del reference
-    (found,) = Model.load(folder, CPU, torch.float32).greedy(pixels, 41)
+    (found,) = greedy(Model.load(folder, CPU, torch.float32), pixels, 41)
     assert found.tokens == expected
 
 
@@ -126,6 +130,6 @@ def test_the_line_is_read():
     image = picture_or_skip(LINE)
     folder = resolve_checkpoint(FAMILIES["A"])
     model = Model.load(folder, CPU, torch.float32)
-    (found,) = model.greedy(pixel_values(folder, image), model.config.read_max_length)
+    (found,) = greedy(model, pixel_values(folder, image), model.config.read_max_length)
     (text,) = TextDecoder.from_folder(folder).batch_decode([found.tokens])
     assert found.ended and text.startswith("industry,") and text.endswith("Let us have a")

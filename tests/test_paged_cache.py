@@ -5,9 +5,6 @@ import pytest
 import torch
 
 from trocr_fast import _csrc
-from trocr_fast.checkpoint import BUILTIN
-from trocr_fast.config import CheckpointConfig
-from trocr_fast.decoder import FIRST_TOKENS, DecodeState
 from trocr_fast.paged_cache import OutOfBlocks, PagedKV, StepBuffers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -185,39 +182,6 @@ def test_empty_sizes_are_named(name: str) -> None:
     sizes = {"num_layers": 1, "num_heads": 1, "head_dim": 4, name: 0}
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         PagedKV(**sizes, num_blocks=4, max_tokens=4, dtype=torch.float32, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_decode_state_grows_and_loses_rows_like_a_dense_cache(device: str) -> None:
-    config = CheckpointConfig.from_folder(BUILTIN).decoder
-    layers, heads, head_dim = config.num_layers, config.num_heads, config.head_dim
-    num_tokens, rows = 3 * FIRST_TOKENS, 4
-    state = DecodeState(config, rows, num_tokens, torch.float32, torch.device(device))
-    values = torch.randn(num_tokens, layers, 2, rows, heads, head_dim, device=device)
-    live = list(range(rows))
-    for step in range(num_tokens):
-        if step in (5, 60):  # a row in the middle leaves; the last takes its place
-            state.remove(1)
-            live[1] = live[-1]
-            live.pop()
-        paged = state.begin_step()
-        assert paged.longest == step + 1 and paged.context_lens.tolist() == [step + 1] * len(live)
-        for layer in range(layers):
-            k, v = values[step, layer, :, live]
-            paged.cache.write(layer, k, v, paged.slot_mapping)
-            found = k.new_empty((2, len(live), heads, step + 1, head_dim))
-            paged.cache.gather(layer, paged.block_tables, paged.context_lens, *found)
-            # [2, rows, heads, steps, head_dim]
-            assert torch.equal(found, values[: step + 1, layer][:, :, live].permute(1, 2, 3, 0, 4))
-    state._kv.cache.check_integrity()
-    assert state._kv.cache.num_used == len(live) * num_tokens
-
-
-def test_a_limit_that_nothing_reaches_costs_nothing() -> None:
-    config = CheckpointConfig.from_folder(BUILTIN).decoder
-    state = DecodeState(config, 8, 10**12, torch.float32, torch.device("cpu"))
-    state.begin_step()
-    assert state._kv.memory.nbytes + state._buffers._device_bytes.nbytes < 10_000_000
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import VisionEncoderDecoderModel
 
-from tests.parity.models import Case, build, pictures, save
+from tests.parity.models import Case, build, greedy, pictures, save
 from trocr_fast.config import CheckpointConfig
 from trocr_fast.errors import CheckpointError
 from trocr_fast.model import Model
@@ -84,7 +84,7 @@ def assert_equals_transformers(folder):
     expected = reference.generate(pixels, max_length=12).tolist()
     assert len({tuple(row) for row in expected}) > 2
     model = Model.load(folder, CPU, torch.float32)
-    assert [found.tokens for found in model.greedy(pixels, 12)] == expected
+    assert [found.tokens for found in greedy(model, pixels, 12)] == expected
 
 
 # --- forms that load

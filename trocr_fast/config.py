@@ -160,13 +160,38 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Everything of a checkpoint but its weights, pictures and text."""
+class Architecture:
+    """What is computed: an encoder, a decoder and what stands between them."""
 
     encoder: EncoderConfig
     decoder: DecoderConfig
-    generation: GenerationDefaults
     enc_to_dec_proj: bool  # a linear layer stands between encoder and decoder
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> "Architecture":
+        """Check the values of a config.json.
+
+        Args:
+            source: where they come from, for messages.
+
+        Raises:
+            CheckpointError: a field has a wrong type or value, or this is not a ViT or DeiT encoder with a TrOCR
+                decoder.
+        """
+        fields = Fields(values, source)
+        if "auto_map" in values:
+            raise fields.error("auto_map", "no code of the checkpoint's own to run", values["auto_map"])
+        fields.choice("model_type", ("vision-encoder-decoder",))
+        encoder_fields, decoder_fields = fields.section("encoder"), fields.section("decoder")
+        encoder = _encoder_config(encoder_fields)
+        return cls(encoder, *_decoder_config(decoder_fields, encoder))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Architecture):
+    """Everything of a checkpoint but its weights, pictures and text."""
+
+    generation: GenerationDefaults
 
     @property
     def read_max_length(self) -> int:
@@ -198,15 +223,10 @@ class CheckpointConfig:
             CheckpointError: a file is missing or is not JSON, a field has a wrong type or value, or the
                 architecture is not a ViT or DeiT encoder with a TrOCR decoder.
         """
-        fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
-        if "auto_map" in fields.values:
-            raise fields.error("auto_map", "no code of the checkpoint's own to run", fields.values["auto_map"])
-        fields.choice("model_type", ("vision-encoder-decoder",))
-        encoder_fields, decoder_fields = fields.section("encoder"), fields.section("decoder")
-        encoder = _encoder_config(encoder_fields)
-        decoder, enc_to_dec_proj = _decoder_config(decoder_fields, encoder)
-        generation = _generation_defaults(folder, fields.values, decoder_fields.values, decoder.vocab_size)
-        return cls(encoder, decoder, generation, enc_to_dec_proj)
+        values = read_json(folder / "config.json")
+        architecture = Architecture.from_dict(values, str(folder / "config.json"))
+        generation = _generation_defaults(folder, values, values["decoder"], architecture.decoder.vocab_size)
+        return cls(architecture.encoder, architecture.decoder, architecture.enc_to_dec_proj, generation)
 
 
 def _activation(fields: Fields, name: str) -> str:

@@ -3,6 +3,8 @@
 Two forms with the same results but for rounding. `kv` holds the projected keys and values of every layer; `latent`
 holds the encoder's output alone and moves the projections to the query's side (`ops.latent_cross_attention`), which
 takes a fraction of the memory and of the bytes read a step, for more arithmetic.
+
+Pictures lie in slots. The beams of a picture share its slot.
 """
 
 from dataclasses import dataclass
@@ -30,19 +32,33 @@ class CrossWeights:
 
 
 class CrossMemory(Protocol):
-    """The pictures of a decode batch, one a row."""
+    """Slots for pictures. One that was never written holds no values, maybe not even numbers."""
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q, scaled, [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+    num_slots: int
+
+    def write(self, slots: Tensor, states: Tensor) -> None:
+        """Put pictures, encoder states [lines, keys, cross_width], into slots, int64 [lines]."""
         ...
 
-    def remove(self, row: int) -> None:
-        """Drop a row; the last row takes its place."""
+    def copy(self, source: int, target: int) -> None:
+        """Let a slot hold what another one holds."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
+        """Attention of rows over the pictures of their lines.
+
+        Args:
+            q: scaled, [rows, heads, head_dim]; the rows of a line, its beams, side by side.
+            slots: int32 [lines]; or the number of lines, which lie in the first slots in their order.
+
+        Returns:
+            [rows, heads * head_dim].
+        """
         ...
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held for one picture."""
+        """Bytes of a slot."""
         ...
 
 
@@ -56,38 +72,43 @@ def choose_kind(decoder: DecoderConfig, num_keys: int, device: torch.device) -> 
     return "latent" if device.type == "cpu" and projection_flops > LATENT_ABOVE_FLOPS else "kv"
 
 
-def make_cross_memory(kind: str, states: Tensor, weights: CrossWeights) -> CrossMemory:
-    """Cross memory of the given kind for encoder states [rows, keys, cross_width]."""
+def make_cross_memory(kind: str, weights: CrossWeights, num_slots: int, num_keys: int) -> CrossMemory:
+    """Empty slots of the given kind for pictures of `num_keys` encoder states."""
     if kind == "kv":
-        return KVMemory(states, weights)
+        return KVMemory(weights, num_slots, num_keys)
     if kind == "latent":
-        return LatentMemory(states, weights)
+        return LatentMemory(weights, num_slots, num_keys)
     raise ValueError(f"cross_memory: expected one of {', '.join(KINDS)}, got {kind!r}")
 
 
 class KVMemory:
     """Projected keys and values of all layers, made in one product."""
 
-    def __init__(self, states: Tensor, weights: CrossWeights) -> None:
-        rows, keys, _ = states.shape
-        layers, _, width, cross_width = weights.weight.shape
-        projected = ops.linear(states, weights.weight.view(-1, cross_width), weights.bias.view(-1))
-        projected = projected.view(rows, keys, layers, 2, weights.num_heads, width // weights.num_heads)
-        # [layers, 2, rows, heads, keys, head_dim]: what a head reads at a step is contiguous
-        self._kv = projected.permute(2, 3, 0, 4, 1, 5).contiguous()
+    def __init__(self, weights: CrossWeights, num_slots: int, num_keys: int) -> None:
+        self._weights, self.num_slots = weights, num_slots
+        layers, _, width, _ = weights.weight.shape
+        shape = (layers, 2, num_slots, weights.num_heads, num_keys, width // weights.num_heads)
+        self._kv = weights.weight.new_empty(shape)  # what a head reads at a step is contiguous
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+    def write(self, slots: Tensor, states: Tensor) -> None:
+        weight, bias = self._weights.weight, self._weights.bias
+        layers, _, _, num_heads, keys, head_dim = self._kv.shape
+        projected = ops.linear(states, weight.view(-1, weight.shape[-1]), bias.view(-1))
+        projected = projected.view(-1, keys, layers, 2, num_heads, head_dim)
+        self._kv[:, :, slots] = projected.permute(2, 3, 0, 4, 1, 5)
+
+    def copy(self, source: int, target: int) -> None:
+        self._kv[:, :, target] = self._kv[:, :, source]
+
+    def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
         k, v = self._kv[layer]
-        return ops.cross_attention(q, k, v)
-
-    def remove(self, row: int) -> None:
-        last = self._kv.shape[2] - 1
-        self._kv[:, :, row] = self._kv[:, :, last]
-        self._kv = self._kv[:, :, :last]
+        if isinstance(slots, int):
+            return ops.cross_attention(q, k[:slots], v[:slots])
+        return ops.cross_attention(q, k, v, slots)
 
     @property
     def num_bytes(self) -> int:
-        return self._kv[:, :, :1].numel() * self._kv.element_size()
+        return self._kv.nbytes // self.num_slots
 
 
 class LatentMemory:
@@ -98,33 +119,51 @@ class LatentMemory:
     back, carried through the value projection.
     """
 
-    def __init__(self, states: Tensor, weights: CrossWeights) -> None:
+    def __init__(self, weights: CrossWeights, num_slots: int, num_keys: int) -> None:
+        self.num_slots = num_slots
         layers, _, width, cross_width = weights.weight.shape
         # [layers, 2, heads, head_dim, cross_width]
         self._weight = weights.weight.view(layers, 2, weights.num_heads, width // weights.num_heads, cross_width)
-        v_weight, v_bias = weights.weight[:, 1], weights.bias[:, 1]
+        self._v_weight, self._v_bias = weights.weight[:, 1], weights.bias[:, 1]
+        self._states = weights.weight.new_empty((num_slots, num_keys, cross_width))
+        self._v_offset = weights.weight.new_empty((layers, num_slots, width))  # added to what attention gives
+
+    def write(self, slots: Tensor, states: Tensor) -> None:
         if states.dtype == torch.float32:
-            self._states = states.contiguous()
-            # [layers, rows, width], the same for every row
-            self._v_offset = v_bias.unsqueeze(1).expand(-1, states.shape[0], -1).contiguous()
+            self._states[slots] = states
+            self._v_offset[:, slots] = self._v_bias.unsqueeze(1)
+            return
+        mean = states.float().mean(dim=1, keepdim=True)  # [lines, 1, cross_width]
+        self._states[slots] = (states.float() - mean).to(states.dtype)
+        offset = torch.matmul(mean.squeeze(1), self._v_weight.float().transpose(1, 2))  # [layers, lines, width]
+        self._v_offset[:, slots] = (offset + self._v_bias.float().unsqueeze(1)).to(states.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        self._states[target] = self._states[source]
+        self._v_offset[:, target] = self._v_offset[:, source]
+
+    def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
+        k_weight, v_weight = self._weight[layer]
+        if isinstance(slots, int):
+            out = ops.latent_cross_attention(q, self._states[:slots], k_weight, v_weight)
+            offset = self._v_offset[layer, :slots]  # [lines, width]
         else:
-            mean = states.float().mean(dim=1, keepdim=True)  # [rows, 1, cross_width]
-            self._states = (states.float() - mean).to(states.dtype)
-            offset = torch.matmul(mean.squeeze(1), v_weight.float().transpose(1, 2))
-            self._v_offset = (offset + v_bias.float().unsqueeze(1)).to(states.dtype)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        out = ops.latent_cross_attention(q, self._states, *self._weight[layer])
-        return out + self._v_offset[layer]
-
-    def remove(self, row: int) -> None:
-        last = self._states.shape[0] - 1
-        self._states[row] = self._states[last]
-        self._states = self._states[:last]
-        self._v_offset[:, row] = self._v_offset[:, last]
-        self._v_offset = self._v_offset[:, :last]
+            out = ops.latent_cross_attention(q, self._states, k_weight, v_weight, slots)
+            offset = self._v_offset[layer, slots]
+        return (out.view(len(offset), -1, offset.shape[1]) + offset.unsqueeze(1)).view_as(out)
 
     @property
     def num_bytes(self) -> int:
-        per_row = self._states[:1].numel() + self._v_offset[:, :1].numel()
-        return per_row * self._states.element_size()
+        return (self._states.nbytes + self._v_offset.nbytes) // self.num_slots
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The pictures that the rows of a decode step look at."""
+
+    memory: CrossMemory
+    slots: Tensor | int  # as of `CrossMemory.attend`
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q, scaled, [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+        return self.memory.attend(layer, q, self.slots)

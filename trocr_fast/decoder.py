@@ -1,20 +1,18 @@
-"""One token for every row: the TrOCR decoder, its positions and its self-attention cache."""
+"""One token for every row: the TrOCR decoder and its positions."""
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trocr_fast import ops
 from trocr_fast.config import DecoderConfig
-from trocr_fast.cross_memory import CrossMemory, CrossWeights
-from trocr_fast.paged_cache import BLOCK_SIZE, OutOfBlocks, PagedKV, PagedStep, StepBuffers
+from trocr_fast.cross_memory import CrossWeights, Lines
+from trocr_fast.paged_cache import PagedStep
 from trocr_fast.weights import EMBEDDING, HEAD
 
 LAYER_NORM_EPS = 1e-5  # not configurable in TrOCR
-FIRST_TOKENS = 32  # of a row that the cache has room for at first; it grows when lines are longer
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class LearnedPositions:
         self._table = table  # [max_position_embeddings + 2, width]
         self.limit = table.shape[0] - 2  # tokens that can be fed
 
-    def __call__(self, tokens: Tensor, step: PagedStep, num_counted: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, step: PagedStep) -> Tensor:
         return self._table[step.context_lens + 1]
 
 
@@ -70,63 +68,12 @@ class SinusoidalPositions:
             table[self._pad] = 0
         return table.to(self._dtype).to(self._device)
 
-    def __call__(self, tokens: Tensor, step: PagedStep, num_counted: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, step: PagedStep) -> Tensor:
         while self._table.shape[0] < step.longest + self._pad + 1:
             self._table = self._rows(2 * self._table.shape[0])
         is_token = tokens != self._pad
-        position = step.context_lens if self._count_pads else num_counted
+        position = step.context_lens if self._count_pads else step.num_counted
         return self._table[position * is_token + self._pad]
-
-
-class DecodeState:
-    """What the rows of a decode batch remember: keys and values of the tokens fed so far, in a paged cache.
-
-    Rows are all of one length, since they start together.
-
-    Args:
-        max_tokens: that will be fed to a row.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, num_rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.length = 0  # tokens fed
-        self.num_counted = torch.zeros(num_rows, dtype=torch.int64, device=device)  # those that are no pad token
-        num_blocks = max(1, num_rows * min(max_tokens, FIRST_TOKENS) // BLOCK_SIZE)
-        max_tokens = min(max_tokens, 2**31 - 1)  # what a cache can count; memory grows with what is really fed
-        self._kv = PagedKV(config.num_layers, config.num_heads, config.head_dim, num_blocks, max_tokens, dtype, device)
-        self._sequences = np.array([self._kv.cache.add() for _ in range(num_rows)], np.int64)
-        self._num_columns = FIRST_TOKENS  # of the block tables
-        self._buffers = StepBuffers(num_rows, self._num_columns, device)
-
-    def begin_step(self) -> PagedStep:
-        """Make room for one token more of every row, and count it."""
-        try:
-            slots = self._kv.reserve(self._sequences)
-        except OutOfBlocks:
-            self._kv.grow(2 * self._kv.cache.num_blocks + len(self._sequences))
-            slots = self._kv.reserve(self._sequences)
-        if self.length >= self._num_columns * BLOCK_SIZE:
-            self._num_columns *= 2
-            self._buffers = StepBuffers(len(self._sequences), self._num_columns, self._kv.memory.device)
-        buffers, rows = self._buffers, len(self._sequences)
-        buffers.fill(self._kv.cache, self._sequences, slots)
-        self.length += 1
-        return PagedStep(
-            self._kv,
-            buffers.slot_mapping[:rows],
-            buffers.context_lens[:rows],
-            buffers.block_tables[:rows],
-            self.length,
-        )
-
-    def remove(self, row: int) -> None:
-        """Drop a row; the last row takes its place."""
-        self._kv.cache.release(self._sequences[row : row + 1])
-        self._sequences[row] = self._sequences[-1]
-        self._sequences = self._sequences[:-1]
-        self.num_counted[row] = self.num_counted[-1]
-        self.num_counted = self.num_counted[:-1]
 
 
 class Decoder:
@@ -179,45 +126,34 @@ class Decoder:
             return LearnedPositions(self._learned)
         return SinusoidalPositions(self.config, self.embedding.dtype, self.embedding.device, count_pads)
 
-    def start(self, num_rows: int, max_tokens: int) -> DecodeState:
-        """An empty state for a batch whose rows will be fed at most `max_tokens` tokens."""
-        if self._learned is not None:  # more than the table has rows cannot be fed
-            max_tokens = min(max_tokens, self.config.max_position_embeddings)
-        return DecodeState(self.config, num_rows, max_tokens, self.embedding.dtype, self.embedding.device)
-
     def step(
-        self,
-        tokens: Tensor,
-        state: DecodeState,
-        memory: CrossMemory,
-        positions: LearnedPositions | SinusoidalPositions,
+        self, tokens: Tensor, step: PagedStep, lines: Lines, positions: LearnedPositions | SinusoidalPositions
     ) -> Tensor:
         """Feed one token a row.
 
         Args:
             tokens: int64 [rows].
-            state: of these rows; grows by one token.
-            memory: of these rows.
+            step: of these rows; its cache grows by their keys and values, `num_counted` by those that are no pad token.
+            lines: of these rows.
             positions: as given by `positions`.
 
         Returns:
             [rows, width], from which `logits` or `greedy_token` come.
 
         Raises:
-            ValueError: the rows are as long as the position table.
+            ValueError: a row is longer than the position table.
         """
-        if positions.limit is not None and state.length >= positions.limit:
+        if positions.limit is not None and step.longest > positions.limit:
             raise ValueError(
                 f"expected rows of at most {positions.limit} tokens (decoder.max_position_embeddings), "
                 f"got one token more; pass a smaller max_new_tokens or max_length"
             )
         config = self.config
         by_head = (tokens.shape[0], config.num_heads, config.head_dim)
-        step = state.begin_step()
-        state.num_counted += tokens != config.pad_token_id if config.pad_token_id is not None else 1
+        step.num_counted.add_(tokens != config.pad_token_id if config.pad_token_id is not None else 1)
 
         x = self.embedding[tokens] * self.embed_scale  # [rows, width]
-        x = x + positions(tokens, step, state.num_counted)
+        x = x + positions(tokens, step)
         if self._embedding_norm is not None:
             x = ops.layernorm(x, *self._embedding_norm, LAYER_NORM_EPS)
 
@@ -228,7 +164,7 @@ class Decoder:
             _, x = ops.add_layernorm(ops.linear(attended, *layer.self_out), x, *layer.self_norm, LAYER_NORM_EPS)
 
             q = ops.linear(x, *layer.cross_q) * self.q_scale
-            attended = memory.attend(index, q.view(by_head))
+            attended = lines.attend(index, q.view(by_head))
             _, x = ops.add_layernorm(ops.linear(attended, *layer.cross_out), x, *layer.cross_norm, LAYER_NORM_EPS)
 
             hidden = ops.linear(x, *layer.fc1, activation=config.activation)

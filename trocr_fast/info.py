@@ -42,9 +42,7 @@ def describe(ocr: TrOCR) -> Iterator[tuple[str, str]]:
         names = [name for name, choice in chosen.items() if choice == backend]
         if names:
             yield f"computed by {backend}", ", ".join(names) if len(names) < len(chosen) else "everything"
-    size = encoder.image_size
-    memory = model.encode(torch.zeros(1, encoder.num_channels, *size, dtype=model.dtype, device=model.device))
-    yield "cross memory", f"{model.cross_memory}, {memory.num_bytes / 1e6:.3g} MB a line"
+    yield "cross memory", f"{model.cross_memory}, {model.slots(1).num_bytes / 1e6:.3g} MB a line"
     per_token = 2 * decoder.num_layers * decoder.d_model * model.decoder.embedding.element_size()
     yield "self-attention cache", f"{per_token / 1e3:.3g} kB a token"
     generation = config.generation

@@ -1,4 +1,4 @@
-"""Encoder, cross memory and decoder of one checkpoint, put together: pixels -> token ids."""
+"""Encoder, cross memory and decoder of one checkpoint, put together."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -9,43 +9,31 @@ import torch
 from torch import Tensor
 
 from trocr_fast import ops
-from trocr_fast.config import CheckpointConfig
-from trocr_fast.cross_memory import CrossMemory, choose_kind, make_cross_memory
-from trocr_fast.decoder import Decoder, DecodeState
+from trocr_fast.config import Architecture, CheckpointConfig
+from trocr_fast.cross_memory import CrossMemory, Lines, choose_kind, make_cross_memory
+from trocr_fast.decoder import Decoder
 from trocr_fast.encoder import Encoder
-from trocr_fast.search import Hypothesis, greedy_search
-from trocr_fast.weights import load_weights
+from trocr_fast.weights import HEAD, load_weights
 
 
-class Model:
-    """A loaded checkpoint.
+class Network:
+    """What is computed, with its weights.
 
     Args:
-        config: of the checkpoint.
-        weights: by `trocr_fast.weights.load_weights`, all of one dtype and device.
-        cross_memory: "kv" or "latent" (`trocr_fast.cross_memory`).
+        config: of encoder and decoder.
+        weights: tensors by their names in `trocr_fast.weights`, all of one dtype and device.
+        cross_memory: "kv", "latent", or "auto" for the kind that measured faster (`trocr_fast.cross_memory`).
     """
 
-    def __init__(self, config: CheckpointConfig, weights: dict[str, Tensor], cross_memory: str) -> None:
-        self.config = config
+    def __init__(self, config: Architecture, weights: dict[str, Tensor], cross_memory: str = "auto") -> None:
+        if cross_memory == "auto":
+            cross_memory = choose_kind(config.decoder, config.encoder.num_tokens, weights[HEAD].device)
         self.cross_memory = cross_memory
         self.encoder = Encoder(config.encoder, weights)
         self.projection = (
             (weights["enc_to_dec_proj.weight"], weights["enc_to_dec_proj.bias"]) if config.enc_to_dec_proj else None
         )
         self.decoder = Decoder(config.decoder, weights)
-
-    @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, cross_memory: str = "auto") -> "Model":
-        """Read config and weights of a checkpoint folder; `cross_memory` "auto" takes the kind that measured faster.
-
-        Raises:
-            CheckpointError: see `CheckpointConfig.from_folder` and `load_weights`.
-        """
-        config = CheckpointConfig.from_folder(folder)
-        if cross_memory == "auto":
-            cross_memory = choose_kind(config.decoder, config.encoder.num_tokens, device)
-        return cls(config, load_weights(folder, config, dtype, device), cross_memory)
 
     @property
     def device(self) -> torch.device:
@@ -63,50 +51,48 @@ class Model:
         yield from _tensors(vars(self.decoder))
         yield from self.projection or ()
 
+    def slots(self, num_slots: int) -> CrossMemory:
+        """Empty cross memory for so many pictures."""
+        num_keys = self.encoder.config.num_tokens
+        return make_cross_memory(self.cross_memory, self.decoder.cross_weights, num_slots, num_keys)
+
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, table: Tensor | None = None) -> CrossMemory:
-        """Pixels [batch, channels, H, W], as `Encoder` takes them, -> cross memory of as many rows."""
+    def states(self, pixels: Tensor, table: Tensor | None = None) -> Tensor:
+        """Pixels [batch, channels, H, W], as `Encoder` takes them -> what decoding looks at [batch, tokens, width]."""
         if table is not None:
             table = table.to(self.device)
-        states = self.encoder(pixels.to(self.device), table)  # [batch, tokens, hidden_size]
-        if self.projection is not None:
-            states = ops.linear(states, *self.projection)  # [batch, tokens, d_model]
-        return make_cross_memory(self.cross_memory, states, self.decoder.cross_weights)
+        states = self.encoder(pixels.to(self.device), table)
+        return states if self.projection is None else ops.linear(states, *self.projection)
 
     @torch.inference_mode()
-    def greedy(
-        self, pixels: Tensor, max_length: int, use_cache: bool | None = None, table: Tensor | None = None
-    ) -> list[Hypothesis]:
-        """Decode pictures greedily.
+    def encode(self, pixels: Tensor, table: Tensor | None = None) -> Lines:
+        """The cross memory of pictures [batch, channels, H, W] that are decoded together, in their order."""
+        memory = self.slots(len(pixels))
+        memory.write(torch.arange(len(pixels), device=self.device), self.states(pixels, table))
+        return Lines(memory, len(pixels))
 
-        Args:
-            pixels: [batch, channels, H, W], floating-point and normalised, or uint8 with `table`.
-            max_length: total length at which a row is cut, the start token counted.
-            use_cache: which of transformers' two position rules a sinusoidal decoder follows; by default the
-                checkpoint's. It never changes how much is computed.
-            table: fp32 [channels, 256], the normalised value of each of the 256 values of a pixel.
 
-        Returns:
-            One hypothesis a picture.
+class Model(Network):
+    """A loaded checkpoint.
+
+    Args:
+        config: of the checkpoint.
+        weights, cross_memory: as of `Network`.
+    """
+
+    def __init__(self, config: CheckpointConfig, weights: dict[str, Tensor], cross_memory: str = "auto") -> None:
+        super().__init__(config, weights, cross_memory)
+        self.config = config
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, cross_memory: str = "auto") -> "Model":
+        """Read config and weights of a checkpoint folder.
+
+        Raises:
+            CheckpointError: see `CheckpointConfig.from_folder` and `load_weights`.
         """
-        generation = self.config.generation
-        positions = self.decoder.positions(generation.use_cache if use_cache is None else use_cache)
-
-        def step(tokens: Tensor, state: DecodeState, memory: CrossMemory) -> tuple[Tensor, Tensor]:
-            return self.decoder.greedy_token(self.decoder.step(tokens, state, memory, positions))
-
-        if len(pixels) == 0:
-            return []
-        return greedy_search(
-            step,
-            self.decoder.start(len(pixels), max_length),
-            self.encode(pixels, table),
-            len(pixels),
-            generation.decoder_start_token_id,
-            generation.eos_token_ids,
-            max_length,
-            self.device,
-        )
+        config = CheckpointConfig.from_folder(folder)
+        return cls(config, load_weights(folder, config, dtype, device), cross_memory)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

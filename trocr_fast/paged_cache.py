@@ -246,6 +246,7 @@ class PagedStep:
     context_lens: Tensor  # int32 [rows], the new token counted; 0: a row that is not there
     block_tables: Tensor  # int32 [rows, max_blocks]
     longest: int  # of context_lens, known without asking the device
+    num_counted: Tensor  # int64 [rows], the tokens of each row that are no pad token, the new one not yet among them
 
 
 class StepBuffers:

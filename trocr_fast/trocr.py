@@ -14,12 +14,13 @@ from torch import Tensor
 from trocr_fast import cross_memory as memories
 from trocr_fast.checkpoint import resolve_checkpoint
 from trocr_fast.config import NEUTRAL_GENERATION, UNUSED_BY_GREEDY
+from trocr_fast.engine import Engine, decode_batch
 from trocr_fast.errors import CheckpointError, PictureError, UsageError
 from trocr_fast.image_config import ImageConfig
 from trocr_fast.images import DEFAULT_FORMATS, DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
 from trocr_fast.line import Line
 from trocr_fast.model import Model
-from trocr_fast.search import Hypothesis
+from trocr_fast.search import Hypothesis, SearchSettings
 from trocr_fast.text import TextDecoder
 
 OUTPUT_FLAGS = frozenset(
@@ -147,27 +148,48 @@ class TrOCR:
     def _read(
         self, pictures: Iterable[Picture], batch_size: int, max_length: int, num_workers: int | None
     ) -> Iterator[Line]:
-        batch: list[tuple[str | None, np.ndarray | PictureError]] = []
-        num_good = 0
-        failure: Exception | None = None
+        generation = self.model.config.generation
+        engine = Engine(
+            self.model,
+            SearchSettings.greedy(generation, max_length),
+            batch_size,
+            count_pads=generation.use_cache,
+            table=torch.from_numpy(self.images.table),
+        )
         loaded = self.load_pictures(pictures, num_workers)
-        while True:
+        taken: deque[tuple[str | None, PictureError | None]] = deque()
+        failure: Exception | None = None
+
+        def pixels() -> Iterator[Tensor | None]:
+            nonlocal failure
             try:
-                path, pixels = next(loaded)
-            except StopIteration:
-                break
+                for path, picture in loaded:
+                    if isinstance(picture, PictureError):
+                        taken.append((path, picture))
+                        yield None
+                    else:
+                        taken.append((path, None))
+                        yield torch.from_numpy(picture)
             except Exception as error:  # of `pictures`: raised below, once all that came before it is read
                 failure = error
-                break
-            batch.append((path, pixels))
-            num_good += not isinstance(pixels, PictureError)
-            # Bad pictures take no place in the batch, but a long run of them must not pile up either.
-            if num_good == batch_size or len(batch) == 16 * batch_size:
-                yield from self._read_batch(batch, max_length)
-                batch, num_good = [], 0
-        yield from self._read_batch(batch, max_length)
+
+        for found in engine.decode(pixels()):
+            path, error = taken.popleft()
+            yield Line(path=path, error=str(error)) if error is not None else self._line(path, *found)
         if failure is not None:
             raise failure
+
+    def _line(self, path: str | None, found: Hypothesis) -> Line:
+        if found.failed:
+            return Line(path=path, error=NOT_FINITE)
+        (text,) = self.text.batch_decode([found.tokens])
+        return Line(
+            path=path,
+            text=text,
+            confidence=found.confidence,
+            token_ids=found.tokens,
+            truncated=not found.ended,
+        )
 
     def load_pictures(
         self, pictures: Iterable[Picture], num_workers: int | None = None
@@ -188,32 +210,6 @@ class TrOCR:
                     f"checkpoint does not resize, got {pixels.shape[2]}x{pixels.shape[1]}"
                 )
             yield paths.popleft(), pixels
-
-    def _read_batch(self, batch: list[tuple[str | None, np.ndarray | PictureError]], max_length: int) -> Iterator[Line]:
-        good = [pixels for _, pixels in batch if not isinstance(pixels, PictureError)]
-        found = self._greedy(good, max_length) if good else []
-        texts = self.text.batch_decode([hypothesis.tokens for hypothesis in found])
-        read = iter(zip(found, texts, strict=True))
-        for path, pixels in batch:
-            if isinstance(pixels, PictureError):
-                yield Line(path=path, error=str(pixels))
-                continue
-            hypothesis, text = next(read)
-            if hypothesis.failed:
-                yield Line(path=path, error=NOT_FINITE)
-            else:
-                yield Line(
-                    path=path,
-                    text=text,
-                    confidence=hypothesis.confidence,
-                    token_ids=hypothesis.tokens,
-                    truncated=not hypothesis.ended,
-                )
-
-    def _greedy(self, pixels: list[np.ndarray], max_length: int) -> list[Hypothesis]:
-        """uint8 pictures [3, H, W] to hypotheses; they stay uint8 until patches are cut on the device."""
-        batch = torch.from_numpy(np.stack(pixels)).to(self.model.device)
-        return self.model.greedy(batch, max_length, table=torch.from_numpy(self.images.table))
 
     def pixel_values(self, pixels: list[np.ndarray]) -> Tensor:
         """uint8 pictures [3, H, W] -> normalised fp32 [batch, 3, H, W], on the model's device."""
@@ -262,7 +258,8 @@ class TrOCR:
                 )
 
         limit = config.generation.resolve_max_length(max_new_tokens, max_length)
-        found = self.model.greedy(pixel_values, limit, use_cache)
+        search = SearchSettings.greedy(config.generation, limit)
+        found = decode_batch(self.model, pixel_values, search, use_cache)
         if any(hypothesis.failed for hypothesis in found):
             raise ValueError(NOT_FINITE)
         longest = max((len(hypothesis.tokens) for hypothesis in found), default=1)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from trocr_fast.config import NEUTRAL_GENERATION
+from trocr_fast.engine import decode_batch
 from trocr_fast.errors import CheckpointError, PictureError
 from trocr_fast.images import Picture
+from trocr_fast.search import SearchSettings
 from trocr_fast.trocr import TrOCR
 
 JUDGING_BATCH = 8
@@ -185,7 +187,8 @@ def _verify_batch(
     if not batch:
         return
     pixel_values = ocr.pixel_values(batch)
-    ours = [hypothesis.tokens for hypothesis in ocr.model.greedy(pixel_values, max_length)]
+    settings = SearchSettings.greedy(ocr.model.config.generation, max_length)
+    ours = [hypothesis.tokens for hypothesis in decode_batch(ocr.model, pixel_values, settings)]
     theirs = reference.tokens(pixel_values, max_length)
     our_texts, their_texts = ocr.text.batch_decode(ours), reference.texts(theirs)
     for row, path in enumerate(paths):

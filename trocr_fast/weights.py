@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trocr_fast.config import CheckpointConfig
+from trocr_fast.config import Architecture, CheckpointConfig
 from trocr_fast.errors import CheckpointError
 from trocr_fast.json_fields import Fields, read_json
 
@@ -93,7 +93,7 @@ def load_weights(
     return weights
 
 
-def expected_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of this config holds; linear weights are [out, in]."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -157,11 +157,16 @@ def current_name(name: str) -> str:
     return name
 
 
+def is_unused(name: str) -> bool:
+    """Whether a tensor, by its current name, has no part in reading."""
+    return _UNUSED.search(name) is not None
+
+
 def _by_current_name(folder: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for tensor in _stored_tensors(folder):
         name = current_name(tensor.name)
-        if _UNUSED.search(name):
+        if is_unused(name):
             continue
         if name in stored:
             raise CheckpointError(

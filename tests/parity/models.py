@@ -18,6 +18,9 @@ from transformers import (
     ViTConfig,
 )
 
+from trocr_fast.engine import decode_batch
+from trocr_fast.model import Model
+from trocr_fast.search import Hypothesis, SearchSettings
 from trocr_fast.verify import repair_sinusoidal_positions
 
 MAX_LENGTH = 41
@@ -136,6 +139,11 @@ def cut(row: list[int], eos: Any) -> list[int]:
         if token in ends:
             return row[: index + 1]
     return row
+
+
+def greedy(model: Model, pixels: Tensor, max_length: int) -> list[Hypothesis]:
+    """What this project's greedy search finds on pictures that are decoded together."""
+    return decode_batch(model, pixels, SearchSettings.greedy(model.config.generation, max_length))
 
 
 def is_lively(rows: list[list[int]], eos: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
-from tests.parity.models import cut, finish
+from tests.parity.models import cut, finish, greedy
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.model import Model
 
@@ -74,7 +74,7 @@ def test_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
         for kind in KINDS:
             model = Model.load(tmp_path, torch.device("cpu"), torch.float32, kind)
             for batch in (NUM_PICTURES, 1):
-                found = model.greedy(pixels[:batch], MAX_LENGTH)
+                found = greedy(model, pixels[:batch], MAX_LENGTH)
                 assert [hypothesis.tokens for hypothesis in found] == expected[:batch], (kind, batch)
     finally:
         torch.set_num_threads(1)

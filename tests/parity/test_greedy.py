@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.models import MAX_LENGTH, NUM_PICTURES, Case, cut, is_lively, lively_reference, save
+from tests.parity.models import MAX_LENGTH, NUM_PICTURES, Case, cut, greedy, is_lively, lively_reference, save
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.model import Model
 
@@ -83,7 +83,7 @@ def test_tokens_equal_transformers(case: Case, tmp_path: Path) -> None:
             # alone and in odd batches a sample is enough; the whole set goes in one large batch
             rows = range(0, NUM_PICTURES, 10) if batch == 1 else range(0, 21 if batch == 7 else NUM_PICTURES, batch)
             for first in rows:
-                found = model.greedy(pixels[first : first + batch], MAX_LENGTH)
+                found = greedy(model, pixels[first : first + batch], MAX_LENGTH)
                 got = [hypothesis.tokens for hypothesis in found]
                 assert got == expected[first : first + batch], (kind, batch, first)
                 ends = eos if isinstance(eos, list) else [eos]
@@ -112,4 +112,4 @@ def test_tokens_equal_transformers_on_a_gpu(case: Case, tmp_path: Path) -> None:
     save(reference, tmp_path)
     for kind in KINDS:
         model = Model.load(tmp_path, torch.device("cuda"), torch.float32, kind)
-        assert [hypothesis.tokens for hypothesis in model.greedy(pixels, MAX_LENGTH)] == expected, kind
+        assert [hypothesis.tokens for hypothesis in greedy(model, pixels, MAX_LENGTH)] == expected, kind

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.models import MAX_LENGTH, Case, cut, lively_reference, save
+from tests.parity.models import MAX_LENGTH, Case, cut, greedy, lively_reference, save
 from trocr_fast import ops
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.kernels.launch import Launch
@@ -61,7 +61,7 @@ def test_tokens_equal_transformers(case: Case, kind: str, tmp_path: Path, launch
     assert len({len(row) for row in expected}) > 1 and len({tuple(row) for row in expected}) > 2
     save(reference, tmp_path)
     model = Model.load(tmp_path, DEVICE, torch.float32, kind)
-    found = model.greedy(pixels[chosen], NUM_TOKENS)
+    found = greedy(model, pixels[chosen], NUM_TOKENS)
     assert [hypothesis.tokens for hypothesis in found] == expected
     assert {*KERNELS, BY_KIND[kind]} <= launched.keys()
 
