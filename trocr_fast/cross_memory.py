@@ -40,8 +40,12 @@ class CrossMemory(Protocol):
         """Put pictures, encoder states [lines, keys, cross_width], into slots, int64 [lines]."""
         ...
 
-    def copy(self, source: int, target: int) -> None:
-        """Let a slot hold what another one holds."""
+    def take(self, slot: int) -> list[Tensor]:
+        """What a slot holds."""
+        ...
+
+    def put(self, slot: int, taken: list[Tensor]) -> None:
+        """Let a slot hold what was taken from any."""
         ...
 
     def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
@@ -97,8 +101,11 @@ class KVMemory:
         projected = projected.view(-1, keys, layers, 2, num_heads, head_dim)
         self._kv[:, :, slots] = projected.permute(2, 3, 0, 4, 1, 5)
 
-    def copy(self, source: int, target: int) -> None:
-        self._kv[:, :, target] = self._kv[:, :, source]
+    def take(self, slot: int) -> list[Tensor]:
+        return [self._kv[:, :, slot].clone()]
+
+    def put(self, slot: int, taken: list[Tensor]) -> None:
+        (self._kv[:, :, slot],) = taken
 
     def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
         k, v = self._kv[layer]
@@ -138,9 +145,11 @@ class LatentMemory:
         offset = torch.matmul(mean.squeeze(1), self._v_weight.float().transpose(1, 2))  # [layers, lines, width]
         self._v_offset[:, slots] = (offset + self._v_bias.float().unsqueeze(1)).to(states.dtype)
 
-    def copy(self, source: int, target: int) -> None:
-        self._states[target] = self._states[source]
-        self._v_offset[:, target] = self._v_offset[:, source]
+    def take(self, slot: int) -> list[Tensor]:
+        return [self._states[slot].clone(), self._v_offset[:, slot].clone()]
+
+    def put(self, slot: int, taken: list[Tensor]) -> None:
+        self._states[slot], self._v_offset[:, slot] = taken
 
     def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
         k_weight, v_weight = self._weight[layer]

@@ -27,6 +27,7 @@ class _Swapped:
 
     blocks: SwappedLane
     search: dict[str, Tensor]
+    memory: list[Tensor]
 
 
 class Engine:
@@ -69,9 +70,10 @@ class Engine:
         config, dtype, device = network.decoder.config, network.dtype, network.device
         self.lanes = Lanes(config, capacity.num_lanes, capacity.num_beams, dtype, device, self._num_blocks)
         self._search = make_search(self._settings, capacity.num_lanes, device)
-        # Lanes look at the first slots. The others hold what is encoded and not in the batch.
-        self._memory = network.slots(capacity.num_lanes + capacity.num_slots)
+        self._memory = network.slots(capacity.num_lanes)  # a slot for each lane
         self._pixels: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}  # [tokens, width] of lines that are encoded and not in the batch yet
+        self._limits: dict[int, int] = {}
         self._lane_of: dict[int, int] = {}
         self._swapped: dict[int, _Swapped] = {}
         self._next = 0
@@ -81,11 +83,26 @@ class Engine:
         """No line is waiting or being decoded."""
         return self.scheduler.is_idle
 
-    def add(self, pixels: Tensor) -> int:
-        """A picture [channels, H, W] to be decoded, as `Encoder` takes them; gives the number of its line."""
+    def add(self, pixels: Tensor, max_length: int | None = None) -> int:
+        """A picture to be decoded.
+
+        Args:
+            pixels: [channels, H, W], as `Encoder` takes them.
+            max_length: at which this line is cut, the start token counted; None: as the others.
+
+        Returns:
+            The number of its line.
+
+        Raises:
+            ValueError: a limit that leaves no room for a new token.
+        """
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length: expected at least 2, got {max_length}")
         line, self._next = self._next, self._next + 1
         self.scheduler.add(line)
         self._pixels[line] = pixels
+        if max_length is not None:
+            self._limits[line] = max_length
         return line
 
     def cancel(self, line: int) -> None:
@@ -126,22 +143,27 @@ class Engine:
     def _place(self, plan: Plan) -> None:
         """Put every line where the plan wants it."""
         for line, _, lane in plan.swap_out:
-            self._swapped[line] = _Swapped(self.lanes.swap_out(lane), self._search.lines.take(lane))
+            known = self._search.lines.take(lane), self._memory.take(lane)
+            self._swapped[line] = _Swapped(self.lanes.swap_out(lane), *known)
             del self._lane_of[line]
             self.num_swaps += 1
         for source, target in plan.moves:
             self.lanes.move(source, target)
             self._search.lines.move(source, target)
-            self._memory.copy(source, target)
-        for line, slot, lane in plan.swap_in:
+            self._memory.put(target, self._memory.take(source))
+        for line, _, lane in plan.swap_in:
             swapped = self._swapped.pop(line)
             self.lanes.swap_in(lane, swapped.blocks)
             self._search.lines.put(lane, swapped.search)
-            self._memory.copy(self._capacity.num_lanes + slot, lane)
-        for _, slot, lane in plan.admit:
+            self._memory.put(lane, swapped.memory)
+        for line, _, lane in plan.admit:
             self.lanes.admit(lane)
             self._search.lines.admit(lane)
-            self._memory.copy(self._capacity.num_lanes + slot, lane)
+            if line in self._limits:
+                self._search.lines["limit"][lane] = self._limits.pop(line)
+        if plan.admit:  # all in one product
+            lanes = torch.tensor([lane for _, _, lane in plan.admit], device=self.network.device)
+            self._memory.write(lanes, torch.stack([self._states.pop(line) for line, _, _ in plan.admit]))
         self._lane_of = {line: lane for lane, line in enumerate(plan.decode)}
 
     def _decode(self, num_lanes: int) -> list[int]:
@@ -157,14 +179,12 @@ class Engine:
         return np.flatnonzero(choice.done.cpu().numpy()).tolist()
 
     def _encode(self, plan: Plan) -> None:
-        """Encode the next pictures into their slots."""
-        if not plan.encode:
-            return
+        """Encode the next pictures."""
         lines = [line for line, _ in plan.encode]
-        slots = torch.tensor([slot for _, slot in plan.encode], device=self.network.device)
-        pixels = torch.stack([self._pixels.pop(line) for line in lines])
-        self._memory.write(slots + self._capacity.num_lanes, self.network.states(pixels, self._table))
-        self.scheduler.encoded(*lines)
+        if lines:
+            pixels = torch.stack([self._pixels.pop(line) for line in lines])
+            self._states.update(zip(lines, self.network.states(pixels, self._table), strict=True))
+            self.scheduler.encoded(*lines)
 
     def _leave(self, lines: list[int]) -> list[tuple[int, list[Hypothesis]]]:
         """Lines that are done leave the batch."""
@@ -176,6 +196,8 @@ class Engine:
 
     def _forget(self, line: int) -> None:
         self._pixels.pop(line, None)
+        self._limits.pop(line, None)
+        self._states.pop(line, None)
         self._swapped.pop(line, None)
         if line in self._lane_of:
             self.lanes.release(self._lane_of.pop(line))

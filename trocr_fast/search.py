@@ -86,7 +86,7 @@ class Choice:
 class Search(Protocol):
     """Of the lines of a decode batch, by lane."""
 
-    lines: LaneTensors
+    lines: LaneTensors  # "limit" is the length at which a line is cut; it may be set for each
 
     def tokens(self, num_lanes: int) -> Tensor:
         """What to feed next to the rows of the first lanes, int64 [rows]."""
@@ -121,6 +121,7 @@ class GreedySearch:
             "tokens": torch.full((FIRST_COLUMNS,), settings.start_token, dtype=torch.int64, device=device),
             "log_probs": torch.zeros(FIRST_COLUMNS, device=device),  # of each token; of the start token 0
             "length": torch.ones((), dtype=torch.int64, device=device),
+            "limit": torch.full((), settings.max_length, dtype=torch.int64, device=device),
             "done": torch.zeros((), dtype=torch.bool, device=device),
         }
         self.lines = LaneTensors(num_lanes, line, by_token=("tokens", "log_probs"))
@@ -132,8 +133,8 @@ class GreedySearch:
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
         lanes = len(lengths)
         self.lines.make_room(int(lengths.max()) + 1)
-        history, log_probs, length, done = (
-            self.lines[name][:lanes] for name in ("tokens", "log_probs", "length", "done")
+        history, log_probs, length, limit, done = (
+            self.lines[name][:lanes] for name in ("tokens", "log_probs", "length", "limit", "done")
         )
         if self._settings.processors:
             logits = decoder.logits(x).float()
@@ -142,7 +143,7 @@ class GreedySearch:
         else:
             best, chosen = decoder.greedy_token(x)
         at = length.unsqueeze(1)
-        done_now = is_one_of(best, self._end_tokens) | (length + 1 >= self._settings.max_length) | ~chosen.isfinite()
+        done_now = is_one_of(best, self._end_tokens) | (length + 1 >= limit) | ~chosen.isfinite()
         new = {
             "tokens": history.scatter(1, at, best.unsqueeze(1)),
             "log_probs": log_probs.scatter(1, at, chosen.unsqueeze(1)),
@@ -174,6 +175,7 @@ class BeamSearch:
         dead = torch.full((beams,), DEAD, device=device)
         line = {
             "length": torch.ones((), dtype=torch.int64, device=device),  # of the running beams
+            "limit": torch.full((), settings.max_length, dtype=torch.int64, device=device),
             "done": torch.zeros((), dtype=torch.bool, device=device),
             "open": torch.ones((), dtype=torch.bool, device=device),  # a running beam may still beat a finished one
             # only the first beam lives at first, or all would do the same
@@ -199,8 +201,9 @@ class BeamSearch:
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
         settings, beams, lanes = self._settings, self._settings.num_beams, len(lengths)
         self.lines.make_room(int(lengths.max()) + 1)
-        old = {name: self.lines[name][:lanes] for name in ("tokens", "log_probs", "scores", "length", "open", "done")}
-        length = old["length"].unsqueeze(1)  # [lanes, 1]
+        names = ("tokens", "log_probs", "scores", "length", "limit", "open", "done")
+        old = {name: self.lines[name][:lanes] for name in names}
+        length, limit = old["length"].unsqueeze(1), old["limit"].unsqueeze(1)  # [lanes, 1]
 
         log_probs = decoder.logits(x).float().log_softmax(-1)  # [rows, vocab_size]
         scores = process(settings.processors, old["tokens"].flatten(0, 1), log_probs, np.repeat(lengths, beams))
@@ -212,7 +215,7 @@ class BeamSearch:
         at = length.unsqueeze(2).expand(-1, self._num_candidates, 1)
         top_tokens = of_beams(old["tokens"], parents).scatter(2, at, tokens.unsqueeze(2))
         top_log_probs = of_beams(old["log_probs"], parents).scatter(2, at, chosen.unsqueeze(2))
-        ends = is_one_of(tokens, self._end_tokens) | (length + 1 >= settings.max_length)
+        ends = is_one_of(tokens, self._end_tokens) | (length + 1 >= limit)
 
         # The best that go on
         running = top + ends * DEAD
@@ -239,7 +242,7 @@ class BeamSearch:
 
         # Whether a running beam can still get better than the worst finished one
         hopeful = settings.early_stopping == "never" and settings.length_penalty > 0.0
-        reach = torch.full_like(length, settings.max_length - 1) if hopeful else length
+        reach = limit - 1 if hopeful else length
         worst = finished["finished_scores"].amin(1, keepdim=True).where(finished["finished"], DEAD)
         still_open = old["open"] & (running_scores[:, :1] / self._power(reach) > worst).any(-1)
         done = ~still_open | ends.all(-1) | top[:, 0].isnan()

@@ -162,6 +162,21 @@ def test_a_cancelled_line_leaves_at_once_and_nobody_else_notices() -> None:
         engine.cancel(3)
 
 
+@pytest.mark.parametrize("search", [{}, {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0}], ids=str)
+def test_each_line_may_have_its_own_limit(search: dict[str, Any]) -> None:
+    model, pixels = reference("A")
+    engine = Engine(network("A"), settings_of("A", **search), 5)
+    limits = {engine.add(picture, max_length=2 + row % 13): row for row, picture in enumerate(pixels[:26])}
+    found = {}
+    while not engine.is_idle:
+        found.update(engine.step())
+    for line, row in limits.items():
+        (tokens,) = model.generate(pixels[row : row + 1], max_length=2 + row % 13, **search).tolist()
+        assert found[line][0].tokens == tokens
+    with pytest.raises(ValueError, match="max_length: expected at least 2, got 1"):
+        engine.add(pixels[0], max_length=1)
+
+
 def test_a_step_that_fails_leaves_the_engine_usable() -> None:
     _, pixels = reference("A")
     net, settings = network("A"), settings_of("A")
