@@ -7,16 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trocr_fast.drop_in import FallbackWarning, accelerate
     from trocr_fast.errors import CheckpointError, PictureError, TrocrFastError
     from trocr_fast.line import Line
     from trocr_fast.trocr import TrOCR
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["CheckpointError", "Line", "PictureError", "TrOCR", "TrocrFastError"]
+__all__ = ["CheckpointError", "FallbackWarning", "Line", "PictureError", "TrOCR", "TrocrFastError", "accelerate"]
 
 _HOME = {
     "TrOCR": "trocr_fast.trocr",
+    "accelerate": "trocr_fast.drop_in",
+    "FallbackWarning": "trocr_fast.drop_in",
     "Line": "trocr_fast.line",
     "CheckpointError": "trocr_fast.errors",
     "PictureError": "trocr_fast.errors",
