@@ -1,8 +1,9 @@
 """An ordinary `VisionEncoderDecoderModel` whose `generate()` runs on this engine: `accelerate(model)`.
 
-transformers' own `generate` stays in charge of arguments, defaults, processors, stopping and search, so whatever it
-accepts means what it always meant; encoder and decoder under it are ours, and the weights are the model's. What the
-engine cannot do goes to the original model, with a warning that says why (`trocr_fast.fallbacks`).
+transformers' own `generate` stays in charge of arguments, defaults, processors and stopping, so whatever it accepts
+means what it always meant; encoder and decoder under it are ours, and the weights are the model's. Where only tokens
+are asked for the engine decodes (`trocr_fast.engine_generate`), else transformers' own loop, step by step. What neither
+can do goes to the original model, with a warning that says why (`trocr_fast.fallbacks`).
 """
 
 import inspect
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, VisionEncoderDecoderModel
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from trocr_fast import fallbacks
+from trocr_fast import engine_generate, fallbacks
 from trocr_fast.config import Architecture
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.errors import CheckpointError
@@ -182,6 +183,8 @@ class Acceleration:
 class DecodeCache:
     """What stands in `past_key_values`: the lines being decoded, the same number of rows for each.
 
+    Either transformers' loop asks for one step after another (`feed`, `reorder_cache`), or the engine does all (`run`).
+
     Args:
         pixels: of the lines, [lines, channels, H, W].
         count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
@@ -195,8 +198,8 @@ class DecodeCache:
     def __init__(self, network: Network, pixels: Tensor, count_pads: bool) -> None:
         if len(pixels) == 0:
             raise ValueError(f"pixel_values: expected at least one picture, got shape {list(pixels.shape)}")
-        self._num_lines, self._lines = len(pixels), network.encode(pixels)
-        self._decoder = network.decoder
+        self._network, self._pixels, self._count_pads = network, pixels, count_pads
+        self._decoder, self._num_lines = network.decoder, len(pixels)
         self._positions = network.decoder.positions(count_pads)
         # All tokens of a prompt are fed in one piece, whose positions transformers counts in the one way.
         self._prompt_positions = network.decoder.positions(count_pads=False)
@@ -219,6 +222,7 @@ class DecodeCache:
         positions = self._positions
         if self._lanes is None:
             positions = self._prompt_positions
+            self._lines = self._network.encode(self._pixels)
             embedding = self._decoder.embedding
             num_beams = len(tokens) // self._num_lines
             self._lanes = Lanes(self._decoder.config, self._num_lines, num_beams, embedding.dtype, embedding.device)
@@ -228,6 +232,10 @@ class DecodeCache:
             step = self._lanes.begin_step(self._num_lines)
             x = self._decoder.step(column, step, self._lines, positions)
         return self._decoder.logits(x)
+
+    def run(self, start_token: int, processors: LogitsProcessorList, config: GenerationConfig) -> Tensor:
+        """Token ids, int64 [rows, longest], as `trocr_fast.engine_generate.decode` gives them."""
+        return engine_generate.decode(self._network, self._pixels, self._count_pads, start_token, processors, config)
 
 
 def _resolve(
@@ -248,7 +256,7 @@ def _resolve(
 
 @cache
 def _fast_class(base: Any) -> type:
-    """A model class whose forward pass is a `DecodeCache`'s."""
+    """A model class whose forward pass is a `DecodeCache`'s, and its decoding loops where that can do them."""
 
     def forward(self: Any, **inputs: Any) -> Seq2SeqLMOutput:
         decode = inputs["past_key_values"]
@@ -260,7 +268,27 @@ def _fast_class(base: Any) -> type:
         config.use_cache = True  # one token a row and step, whatever the rule of positions
         return config, others
 
+    def loop(name: str) -> Any:
+        own = getattr(base, name)
+
+        def run(
+            self: Any,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **others: Any,
+        ) -> Any:
+            asked = (input_ids, logits_processor, stopping_criteria, generation_config)
+            if engine_generate.is_possible(*asked, others.get("streamer")):
+                decode: DecodeCache = others["past_key_values"]
+                return decode.run(int(input_ids[0, 0]), logits_processor, generation_config)
+            return own(self, *asked, **others)
+
+        return run
+
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # arguments are held against it
     # called as it is: what model.compile() has left in the dictionary that is shared would call the model's own
     methods = {"forward": forward, "__call__": forward, "_prepare_generation_config": prepare, "__module__": __name__}
+    methods |= {name: loop(name) for name in ("_sample", "_beam_search")}
     return type(base.__name__, (base,), methods)

@@ -56,7 +56,7 @@ class Engine:
         table: Tensor | None = None,
     ) -> None:
         self.network, self._table = network, table
-        encode_batch = encode_batch or num_lanes
+        encode_batch = min(encode_batch or num_lanes, num_lanes)
         self._capacity = Capacity(num_lanes, num_lanes + encode_batch, settings.num_beams, encode_batch)
         self._positions = network.decoder.positions(count_pads)
         self._settings, self._num_blocks = settings, num_blocks

@@ -13,10 +13,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, VisionEncoderDeco
 from transformers.utils import ModelOutput
 
 from tests.parity.models import VOCAB_SIZE, Case, lively_reference
-from trocr_fast import accelerate
+from trocr_fast import accelerate, engine_generate
+from trocr_fast.engine import Engine
+from trocr_fast.model import Network
+from trocr_fast.search import SearchSettings
 
 MAX_LENGTH = 20
 NUM_COMBINATIONS = 648  # as many of each family
+NUM_FOR_THE_ENGINE = 75  # of each family and search
 BATCHES = (1, 3, 17)
 TOLERANCE = 2e-4  # of sums of up to nineteen log-probabilities in fp32
 FAMILIES = {
@@ -236,10 +240,24 @@ def assert_equal(
     return tied
 
 
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """The engines that were made, of a few lanes and with blocks for a part of their lines."""
+    made = []
+
+    def small(network: Network, settings: SearchSettings, num_lanes: int, **more: Any) -> Engine:
+        num_blocks = settings.num_beams * settings.max_length * 3 // 2
+        made.append(Engine(network, settings, min(num_lanes, 5), 3, num_blocks=num_blocks, **more))
+        return made[-1]
+
+    monkeypatch.setattr(engine_generate, "Engine", small)
+    return made
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.filterwarnings("error::trocr_fast.drop_in.FallbackWarning")
-def test_tokens_and_scores_equal_transformers(family: str, search: str) -> None:
+def test_tokens_and_scores_equal_transformers(family: str, search: str, engines: list[Engine]) -> None:
     reference, ours, pixels, eos = models(family)
     rows, ended, refused, compared, ties = [], 0, 0, 0, 0
     for case in combinations():
@@ -272,6 +290,44 @@ def test_tokens_and_scores_equal_transformers(family: str, search: str) -> None:
     assert ties <= 2
     assert 2 * len({tuple(row) for row in rows}) > len(rows), "outputs are not varied"
     assert 10 * ended > len(rows), "few outputs ended early"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("search", [name for name in SEARCHES if not name.startswith("sample")])
+@pytest.mark.filterwarnings("error::trocr_fast.drop_in.FallbackWarning")
+def test_tokens_of_the_engine_equal_transformers(family: str, search: str, engines: list[Engine]) -> None:
+    """Where only tokens are asked for; with few lanes and blocks, so that lines join, leave and are swapped out."""
+    reference, ours, pixels, _ = models(family)
+    generator = random.Random(f"{family}, {search}")
+    by_row = [name for name in PROCESSORS if name not in ("prefix", "custom")]
+    neutral = {"sampling": "plain", "prompt": "none", "output": "tensor"}
+    rows, compared = [], 0
+    for number in range(NUM_FOR_THE_ENGINE):
+        case = {
+            "search": search,
+            "processor": by_row[number % len(by_row)],
+            "second_processor": generator.choice(by_row),
+            "length_penalty": LENGTH_PENALTIES[number % 4],
+            "early_stopping": generator.choice(EARLY_STOPPING),
+            "tokens": generator.choice([*TOKENS, *["as it is"] * 5]),
+            "batch": BATCHES[number % 3],
+            "returned": generator.choice((1, 2)),
+            "use_cache": generator.choice(CACHES),
+            **neutral,
+        }
+        asked = settings(case)
+        first = generator.randrange(20)
+        batch = pixels[first : first + case["batch"]]
+        expected, found = generate(reference, batch, asked), generate(ours, batch, asked)
+        if isinstance(expected, str):
+            assert found == expected, case
+            continue
+        assert torch.equal(found, expected), case
+        compared += 1
+        rows += expected.tolist()
+    assert compared > 0.9 * NUM_FOR_THE_ENGINE and len(engines) >= compared
+    assert sum(engine.num_swaps for engine in engines) >= 10
+    assert 3 * len({tuple(row) for row in rows}) > len(rows), "outputs are not varied"  # of 40 pictures, many times
 
 
 def test_the_sample_has_every_value() -> None:

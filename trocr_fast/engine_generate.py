@@ -1,0 +1,92 @@
+"""The decoding loop of a `generate` call on the engine, where nothing has to be on the host at every step.
+
+transformers has resolved the arguments by then. Lines that are done leave the batch, which its own loops keep until the
+last one is done; results are the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process, stopping_criteria
+
+from trocr_fast.engine import Engine
+from trocr_fast.model import Network
+from trocr_fast.search import SearchSettings
+
+MAX_LANES = 64  # pictures decoded at a time; the others wait, and keep the batch full
+
+# What these do to a row depends on that row alone.
+PROCESSORS = (
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.LogitNormalization,
+)
+CRITERIA = (stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria)
+
+
+def is_possible(
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: Any,
+) -> bool:
+    """Whether the engine decodes this call; the arguments are those of transformers' decoding loops."""
+    return (
+        not config.do_sample
+        and not config.return_dict_in_generate
+        and streamer is None
+        and input_ids.shape[1] == 1  # no prompt but the start token, the same for all
+        and bool((input_ids == input_ids[0]).all())
+        and all(type(processor) in PROCESSORS for processor in processors)
+        and all(type(criterion) in CRITERIA for criterion in criteria)
+    )
+
+
+def decode(
+    network: Network, pixels: Tensor, count_pads: bool, start_token: int, processors: Any, config: GenerationConfig
+) -> Tensor:
+    """Token ids as transformers returns them.
+
+    Args:
+        pixels: [batch, channels, H, W].
+        count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
+        processors, config: as resolved by transformers.
+
+    Returns:
+        int64 [batch * num_return_sequences, longest], on the device of pixels.
+    """
+    end_tokens = config.eos_token_id
+    end_tokens = [] if end_tokens is None else end_tokens if isinstance(end_tokens, list) else [end_tokens]
+    num_beams = config.num_beams or 1
+    settings = SearchSettings(
+        start_token,
+        tuple(end_tokens),
+        config.max_length,
+        num_beams=num_beams,
+        length_penalty=config.length_penalty if config.length_penalty is not None else 1.0,
+        early_stopping=config.early_stopping or False,
+        num_return_sequences=config.num_return_sequences or 1,
+        processors=tuple(processors),
+    )
+    engine = Engine(network, settings, min(len(pixels), MAX_LANES), count_pads=count_pads)
+    rows = [hypothesis.tokens for found in engine.decode(pixels) for hypothesis in found]
+    pad = config._pad_token_tensor
+    fill = 0 if pad is None else int(pad)
+    if num_beams > 1:  # where a pad token 0 counts as none
+        fill = fill or (end_tokens[0] if end_tokens else -1)
+    longest = max(len(row) for row in rows)
+    filled = [row + [fill] * (longest - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64, device=pixels.device)
