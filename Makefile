@@ -41,6 +41,10 @@ bench: $(READY)  ## results go to bench/results
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.cross_memory
 	$(BIN)/python -m bench.paged_cache
+	$(BIN)/python -m bench.throughput --config base
+	$(BIN)/python -m bench.throughput --config base --lengths iam --lines 32
+	$(BIN)/python -m bench.throughput --config builtin --batch 1 8
+	$(BIN)/python -m bench.latency
 
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 with venv on the PATH, found none" >&2; exit 1; }

@@ -50,9 +50,9 @@ COMPILED = "transformers, cache, compiled encoder"
 
 IAM_MEAN, IAM_SIGMA = 11.0, 0.45
 IAM_LENGTHS = (
-    "new tokens a line: a log-normal of mean 11 and sigma 0.45, one line from each of equally likely parts, rounded, in "
-    "a seeded order. The mean is IAM's: 31,959 tokens on the 2,915 lines of its test set (base, arXiv 2109.10282). The "
-    "shape is assumed: median 10, one line in 16 past 20, one in 140 past 30; no count of IAM's lines was at hand"
+    "new tokens a line: a log-normal of mean 11 and sigma 0.45, one line from each of equally likely parts, rounded, "
+    "in a seeded order. The mean is IAM's: 31,959 tokens on the 2,915 lines of its test set (base, arXiv 2109.10282). "
+    "The shape is assumed: median 10, one line in 18 past 20, one in 157 past 30; no count of IAM's lines was at hand"
 )
 
 Rows = list[list[int]]  # token ids of each line, from the start token to its end
@@ -75,18 +75,17 @@ class Workload:
     pictures: Tensor  # uint8 [lines, 3, H, W], in host memory
     table: Tensor  # fp32 [3, 256], the normalised value of each of the 256 values
     max_new_tokens: int
-    new_tokens: Sequence[int] | None = None  # that each line gets; None: until its end token
+    new_tokens: Sequence[int] | None = None  # that each line gets, of these and maybe more; None: until its end token
     num_beams: int = 1
 
-    def first(self, num_lines: int, max_new_tokens: int) -> "Workload":
-        """A part of it, for warming up."""
-        lengths = (self.new_tokens or [self.max_new_tokens] * len(self.pictures))[:num_lines]
-        return dataclasses.replace(
-            self,
-            pictures=self.pictures[:num_lines],
-            max_new_tokens=max_new_tokens,
-            new_tokens=[min(length, max_new_tokens) for length in lengths],
-        )
+    def first(self, num_lines: int, max_new_tokens: int | None = None) -> "Workload":
+        """A part of it, for warming up: so many lines, with no more than so many new tokens each."""
+        lengths, longest = self.new_tokens, self.max_new_tokens
+        if max_new_tokens is not None:
+            lengths = [min(length, max_new_tokens) for length in lengths or [longest] * len(self.pictures)]
+            longest = min(longest, max_new_tokens)
+        pictures = self.pictures[:num_lines]
+        return dataclasses.replace(self, pictures=pictures, max_new_tokens=longest, new_tokens=lengths)
 
     def cut(self, line: int, tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
         """A generated row without what a batch generated, or filled in, after this line's end."""
@@ -233,7 +232,7 @@ class Ours(Contestant):
     """The engine with `batch` lanes.
 
     Args:
-        max_new_tokens, num_beams, table: as of the workloads.
+        workload: what it is made for; parts of it and shorter lengths can be decoded too.
         whole_batches: take new lines only when all have left.
     """
 
@@ -248,10 +247,10 @@ class Ours(Contestant):
                 subject.model.generation_config.decoder_start_token_id,
                 subject.end_tokens,
                 self.workload.max_new_tokens + 1,
-                num_beams=workload.num_beams,
+                num_beams=self.workload.num_beams,
             )
             self.engine = TimedEngine(
-                subject.network, settings, self.batch, count_pads=subject.as_shipped, table=workload.table
+                subject.network, settings, self.batch, count_pads=subject.as_shipped, table=self.workload.table
             )
         engine, rows = self.engine, dict[int, list[int]]()
         lines = range(len(workload.pictures))
@@ -346,11 +345,14 @@ class Maker:
         return self.make()
 
 
-def contestants(subject: Subject, workload: Workload, batch: int, lengths: Sequence[int]) -> list[Maker]:
+def contestants(
+    subject: Subject, workload: Workload, batch: int, lengths: Sequence[int], everything: bool | None = None
+) -> list[Maker]:
     """All that are compared, ours first.
 
     Args:
         lengths: of the lines; transformers with a cache gets them sorted, so that its batches waste least.
+        everything: also what is meant for GPUs; None: on a GPU.
     """
     by_length = sorted(range(len(lengths)), key=lambda line: lengths[line])
     ragged = len(set(lengths)) > 1
@@ -367,7 +369,7 @@ def contestants(subject: Subject, workload: Workload, batch: int, lengths: Seque
         transformers(CACHED, cached, order=by_length),
         transformers(SHIPPED, {"use_cache": subject.as_shipped}),
     ]
-    if subject.network.device.type == "cuda":
+    if everything or (everything is None and subject.network.device.type == "cuda"):
         static = {"use_cache": True, "cache_implementation": "static"}
         makers += [
             transformers(STATIC_CACHE, static, order=by_length),
@@ -379,8 +381,7 @@ def contestants(subject: Subject, workload: Workload, batch: int, lengths: Seque
 def reference_rows(subject: Subject, workload: Workload, batch: int, num_lines: int) -> Rows:
     """What transformers gives as shipped in fp32, on the first lines."""
     fp32 = dataclasses.replace(subject, model=subject.reference)
-    part = dataclasses.replace(workload, pictures=workload.pictures[:num_lines])
-    return Transformers(SHIPPED, fp32, batch, {"use_cache": subject.as_shipped})(part)
+    return Transformers(SHIPPED, fp32, batch, {"use_cache": subject.as_shipped})(workload.first(num_lines))
 
 
 def wait_for(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 #
 #     bash bench/gpu.sh tests   OUTDIR    the tests marked gpu, and compute-sanitizer on small ones of all device code
 #     bash bench/gpu.sh kernels OUTDIR    Triton kernels against PyTorch and the chip; the cache against the memory
-#     bash bench/gpu.sh engine  OUTDIR    what decoding takes on this device
+#     bash bench/gpu.sh engine  OUTDIR    lines a second, milliseconds a line against transformers; the cross memories
 #
 # Each stage takes under nine minutes and writes as it goes, so that a run cut short leaves what it had. OUTDIR gets at
 # most eight files; what is not a log or an XML file belongs into bench/results/.
@@ -60,7 +60,19 @@ case $stage in
     cp bench/results/paged_cache_gpu.json "$out/"
     ;;
   engine)
-    run 240 python3 -m bench.cross_memory
+    # Each begins nothing after its budget; a compilation that is under way then may take the rest of its limit.
+    lines_a_second() { # SECONDS OPTION...
+      run "$1" python3 -m bench.throughput --device cuda --batch 64 256 --budget-seconds $(($1 - 30)) "${@:2}"
+      cp bench/results/throughput_gpu.{json,png} "$out/"
+    }
+    lines_a_second 120 --config base --lengths iam --lines 512 --repeats 2
+    lines_a_second 80 --config small --lengths iam --lines 512 --repeats 2
+    run 70 python3 -m bench.latency --device cuda --config base small builtin --seconds 4 --budget-seconds 50
+    cp bench/results/latency_gpu.json "$out/"
+    lines_a_second 80 --config base --new-tokens 20 --beams 4 --lines 256 --repeats 2
+    lines_a_second 60 --config small --new-tokens 20 --beams 4 --lines 256 --repeats 2
+    lines_a_second 50 --config builtin
+    run 90 python3 -m bench.cross_memory
     cp bench/results/cross_memory_gpu.json "$out/"
     ;;
   *)
