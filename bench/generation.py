@@ -189,7 +189,7 @@ def builtin_workload(ocr: TrOCR, num_lines: int | None = None, num_beams: int = 
 
 
 class TimedEngine(Engine):
-    """Knows how long it encoded and decoded; what is left is the scheduler's and moving lines.
+    """Knows how long it encoded and decoded (the rest is the scheduler's, and moving lines), and in how many steps.
 
     `waits`: for the device, so that the times are the device's; slower, since nothing overlaps then.
     """
@@ -197,8 +197,12 @@ class TimedEngine(Engine):
     waits = False
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.seconds = {"encode": 0.0, "decode": 0.0}
+        self.start_counting()
         super().__init__(*arguments, **named)
+
+    def start_counting(self) -> None:
+        self.seconds = {"encode": 0.0, "decode": 0.0}
+        self.num_steps = self.num_lines_fed = 0
 
     def _timed(self, part: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         start = time.perf_counter()
@@ -211,8 +215,10 @@ class TimedEngine(Engine):
     def _encode(self, *arguments: Any) -> Any:
         return self._timed("encode", super()._encode, arguments)
 
-    def _decode(self, *arguments: Any) -> Any:
-        return self._timed("decode", super()._decode, arguments)
+    def _decode(self, num_lanes: int, *more: Any) -> Any:
+        self.num_steps += num_lanes > 0
+        self.num_lines_fed += num_lanes
+        return self._timed("decode", super()._decode, (num_lanes, *more))
 
 
 @dataclass
@@ -355,14 +361,13 @@ def contestants(
         everything: also what is meant for GPUs; None: on a GPU.
     """
     by_length = sorted(range(len(lengths)), key=lambda line: lengths[line])
-    ragged = len(set(lengths)) > 1
     cached = {"use_cache": True}
 
     def transformers(name: str, settings: dict[str, Any], **more: Any) -> Maker:
         return Maker(name, lambda: Transformers(name, subject, batch, settings, **more))
 
     makers: list[Maker] = [Maker(OURS, lambda: Ours(OURS, subject, batch, workload))]
-    if ragged:
+    if batch > 1 and len(set(lengths)) > 1:
         makers.append(Maker(WHOLE_BATCHES, lambda: Ours(WHOLE_BATCHES, subject, batch, workload, True)))
     makers += [
         transformers(ACCELERATED, {}, order=by_length, accelerated=True),
