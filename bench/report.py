@@ -20,7 +20,8 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": os.environ.get("TROCR_FAST_COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")),
+        # but for results, of which a run writes several
+        "uncommitted_changes": bool(_git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

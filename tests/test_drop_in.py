@@ -34,7 +34,12 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
-from transformers.generation import MaxTimeCriteria, StoppingCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -1010,3 +1015,23 @@ def test_stop_strings() -> None:
     settings = {"stop_strings": [text[2:4]], "tokenizer": processor.tokenizer, "max_new_tokens": 20}
     expected = outcome(plain, pixel_values, **settings)
     assert isinstance(expected, list) and outcome(model, pixel_values, **settings) == expected
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("change", ["shorter", "other end", "tensor end", "not a number", "repaired"])
+def test_what_the_engine_must_not_decide_by_itself(search: dict[str, Any], change: str) -> None:
+    model, pixels, _ = lively_reference(Case("A"))
+    asked: dict[str, Any] = {"max_length": 14, **search}
+    if change == "shorter":
+        asked["stopping_criteria"] = StoppingCriteriaList([MaxLengthCriteria(5)])
+    elif change == "other end":
+        asked["stopping_criteria"] = StoppingCriteriaList([EosTokenCriteria(eos_token_id=[9])])
+    elif change == "tensor end":
+        asked["eos_token_id"] = torch.tensor([3, 7])
+    else:
+        with torch.no_grad():
+            model.decoder.output_projection.weight[9] = float("nan")
+        asked["remove_invalid_values"] = change == "repaired"
+    expected = model.generate(pixels[:6], **asked)
+    with accelerate(model, unsupported="raise"):
+        assert torch.equal(model.generate(pixels[:6], **asked), expected)

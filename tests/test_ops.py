@@ -22,7 +22,7 @@ def test_pytorch_on_a_cpu_and_triton_on_a_gpu() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert {ops.backend(name, CPU, dtype) for name in ops.OPERATIONS} == {"torch"}
         on_gpu = {name: ops.backend(name, CUDA, dtype) for name in ops.OPERATIONS}
-        assert {name for name, backend in on_gpu.items() if backend == "torch"} == ops.SLOWER_IN_TRITON[dtype]
+        assert {name for name, backend in on_gpu.items() if backend == "torch"} == ops.LEFT_TO_PYTORCH[dtype]
     assert ops.backend("paged_attention", CUDA, torch.float64) == "torch"  # of which the kernels know nothing
 
 

@@ -48,12 +48,11 @@ class CrossMemory(Protocol):
         """Let a slot hold what was taken from any."""
         ...
 
-    def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
-        """Attention of rows over the pictures of their lines.
+    def attend(self, layer: int, q: Tensor, num_lines: int) -> Tensor:
+        """Attention of rows over the pictures of their lines, which lie in the first slots in their order.
 
         Args:
             q: scaled, [rows, heads, head_dim]; the rows of a line, its beams, side by side.
-            slots: int32 [lines]; or the number of lines, which lie in the first slots in their order.
 
         Returns:
             [rows, heads * head_dim].
@@ -107,11 +106,9 @@ class KVMemory:
     def put(self, slot: int, taken: list[Tensor]) -> None:
         (self._kv[:, :, slot],) = taken
 
-    def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
-        k, v = self._kv[layer]
-        if isinstance(slots, int):
-            return ops.cross_attention(q, k[:slots], v[:slots])
-        return ops.cross_attention(q, k, v, slots)
+    def attend(self, layer: int, q: Tensor, num_lines: int) -> Tensor:
+        k, v = self._kv[layer, :, :num_lines]
+        return ops.cross_attention(q, k, v)
 
     @property
     def num_bytes(self) -> int:
@@ -151,14 +148,10 @@ class LatentMemory:
     def put(self, slot: int, taken: list[Tensor]) -> None:
         self._states[slot], self._v_offset[:, slot] = taken
 
-    def attend(self, layer: int, q: Tensor, slots: Tensor | int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, num_lines: int) -> Tensor:
         k_weight, v_weight = self._weight[layer]
-        if isinstance(slots, int):
-            out = ops.latent_cross_attention(q, self._states[:slots], k_weight, v_weight)
-            offset = self._v_offset[layer, :slots]  # [lines, width]
-        else:
-            out = ops.latent_cross_attention(q, self._states, k_weight, v_weight, slots)
-            offset = self._v_offset[layer, slots]
+        out = ops.latent_cross_attention(q, self._states[:num_lines], k_weight, v_weight)
+        offset = self._v_offset[layer, :num_lines]  # [lines, width]
         return (out.view(len(offset), -1, offset.shape[1]) + offset.unsqueeze(1)).view_as(out)
 
     @property
@@ -168,11 +161,11 @@ class LatentMemory:
 
 @dataclass(frozen=True)
 class Lines:
-    """The pictures that the rows of a decode step look at."""
+    """The pictures that the rows of a decode step look at: those in the first slots."""
 
     memory: CrossMemory
-    slots: Tensor | int  # as of `CrossMemory.attend`
+    num_lines: int
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """q, scaled, [rows, heads, head_dim] -> [rows, heads * head_dim]."""
-        return self.memory.attend(layer, q, self.slots)
+        return self.memory.attend(layer, q, self.num_lines)

@@ -233,8 +233,8 @@ class DecodeCache:
             x = self._decoder.step(column, step, self._lines, positions)
         return self._decoder.logits(x)
 
-    def run(self, start_token: int, processors: LogitsProcessorList, config: GenerationConfig) -> Tensor:
-        """Token ids, int64 [rows, longest], as `trocr_fast.engine_generate.decode` gives them."""
+    def run(self, start_token: int, processors: LogitsProcessorList, config: GenerationConfig) -> Tensor | None:
+        """Token ids, int64 [rows, longest], or None, as `trocr_fast.engine_generate.decode` gives them."""
         return engine_generate.decode(self._network, self._pixels, self._count_pads, start_token, processors, config)
 
 
@@ -282,7 +282,9 @@ def _fast_class(base: Any) -> type:
             asked = (input_ids, logits_processor, stopping_criteria, generation_config)
             if engine_generate.is_possible(*asked, others.get("streamer")):
                 decode: DecodeCache = others["past_key_values"]
-                return decode.run(int(input_ids[0, 0]), logits_processor, generation_config)
+                found = decode.run(int(input_ids[0, 0]), logits_processor, generation_config)
+                if found is not None:
+                    return found
             return own(self, *asked, **others)
 
         return run

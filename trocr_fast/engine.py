@@ -2,8 +2,8 @@
 
     scheduler says who -> lanes, memory and search move them -> decoder feeds a token -> search chooses the next
 
-Pictures are encoded in batches and wait, encoded, for a place. On a CPU the host knows at once which lines are done. On
-a GPU (`late`) it looks at a step's outcome when the next step is already under way, so that the device never waits.
+Pictures are encoded in batches and wait, encoded, for a place. The host looks at the outcome of every step: which lines
+are done, and which beam each beam goes on from.
 """
 
 from collections import deque
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trocr_fast.cross_memory import Lines
+from trocr_fast.cross_memory import CrossMemory, Lines
 from trocr_fast.lanes import Lanes, SwappedLane
 from trocr_fast.model import Model, Network
 from trocr_fast.scheduler import Capacity, Plan, Scheduler
-from trocr_fast.search import Choice, Hypothesis, SearchSettings, make_search
+from trocr_fast.search import Choice, Hypothesis, Search, SearchSettings, make_search
+
+MAX_HELD = 4096  # results of `decode` that wait for one before them
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,25 @@ class Engine:
         self._positions = network.decoder.positions(count_pads)
         self._settings, self._num_blocks = settings, num_blocks
         self.num_swaps = 0
+        self._next = 0  # number of the next line; none is used twice
         self._reset()
 
     def _reset(self) -> None:
         """Forget all lines."""
         network, capacity = self.network, self._capacity
         self.scheduler = Scheduler(capacity)
-        config, dtype, device = network.decoder.config, network.dtype, network.device
-        self.lanes = Lanes(config, capacity.num_lanes, capacity.num_beams, dtype, device, self._num_blocks)
-        self._search = make_search(self._settings, capacity.num_lanes, device)
-        self._memory = network.slots(capacity.num_lanes)  # a slot for each lane
         self._pixels: dict[int, Tensor] = {}
         self._states: dict[int, Tensor] = {}  # [tokens, width] of lines that are encoded and not in the batch yet
         self._limits: dict[int, int] = {}
         self._lane_of: dict[int, int] = {}
         self._swapped: dict[int, _Swapped] = {}
-        self._next = 0
+        # What is large goes before its like comes: memory may be what there was too little of.
+        for name in ("lanes", "_search", "_memory"):
+            self.__dict__.pop(name, None)
+        config, dtype, device = network.decoder.config, network.dtype, network.device
+        self.lanes: Lanes = Lanes(config, capacity.num_lanes, capacity.num_beams, dtype, device, self._num_blocks)
+        self._search: Search = make_search(self._settings, capacity.num_lanes, device)
+        self._memory: CrossMemory = network.slots(capacity.num_lanes)  # a slot for each lane
 
     @property
     def is_idle(self) -> bool:
@@ -87,15 +92,21 @@ class Engine:
         """A picture to be decoded.
 
         Args:
-            pixels: [channels, H, W], as `Encoder` takes them.
+            pixels: [channels, H, W]: uint8 if the engine has a table, else floating-point and normalised.
             max_length: at which this line is cut, the start token counted; None: as the others.
 
         Returns:
             The number of its line.
 
         Raises:
-            ValueError: a limit that leaves no room for a new token.
+            ValueError: a limit that leaves no room for a new token, pixels of another shape or dtype.
         """
+        encoder = self.network.encoder.config
+        expected = (encoder.num_channels, *encoder.image_size)
+        fits = pixels.is_floating_point() if self._table is None else pixels.dtype == torch.uint8
+        if tuple(pixels.shape) != expected or not fits:
+            kind = "floating-point" if self._table is None else "uint8"
+            raise ValueError(f"pixels: expected {kind} {list(expected)}, got {pixels.dtype} {list(pixels.shape)}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length: expected at least 2, got {max_length}")
         line, self._next = self._next, self._next + 1
@@ -122,15 +133,17 @@ class Engine:
             The lines that are done, and what was found.
 
         Raises:
-            ValueError: pictures of another shape or dtype, a line that outgrows the position table or all blocks there
-                are. All lines are forgotten; the engine can be used again.
+            ValueError: a line that outgrows the position table, or all blocks there are. All lines are forgotten, as
+                after any other error; the engine can be used again.
         """
         try:
             plan = self.scheduler.plan(self.lanes.free_blocks, self._blocks_of)
             self._place(plan)
             done = self._decode(len(plan.decode))
+            # before encoding, which a GPU is given to do without waiting for it
+            found = self._leave([plan.decode[lane] for lane in done])
             self._encode(plan)
-            return self._leave([plan.decode[lane] for lane in done])
+            return found
         except BaseException:
             self._reset()
             raise
@@ -210,27 +223,36 @@ class Engine:
     def decode(self, pictures: Iterable[Tensor | None]) -> Iterator[list[Hypothesis]]:
         """What is found on pictures [channels, H, W], in their order, as they come; nothing for None.
 
-        No more are taken ahead than twice as many as are decoded and encoded together.
+        No more than `encode_batch` pictures wait to be encoded. A long line holds up what comes behind it, not the
+        batch: so many results are kept until their turn.
         """
         rest, waiting = iter(pictures), deque[int]()
         found: dict[int, list[Hypothesis]] = {}
-        window = 2 * (self._capacity.num_lanes + self._capacity.encode_batch)
         nothing = -1
         exhausted = False
-        while True:
-            while not exhausted and len(waiting) < window and self.scheduler.num_waiting < self._capacity.encode_batch:
-                try:
-                    picture = next(rest)
-                except StopIteration:
-                    exhausted = True
-                else:
-                    waiting.append(self.add(picture) if picture is not None else nothing)
-            while waiting and (waiting[0] == nothing or waiting[0] in found):
-                yield found.pop(waiting.popleft(), [])
-            if waiting:
-                found.update(self.step())
-            elif exhausted:
-                return
+        try:
+            while True:
+                while (
+                    not exhausted
+                    and len(waiting) < MAX_HELD
+                    and self.scheduler.num_waiting < self._capacity.encode_batch
+                ):
+                    try:
+                        picture = next(rest)
+                    except StopIteration:
+                        exhausted = True
+                    else:
+                        waiting.append(self.add(picture) if picture is not None else nothing)
+                while waiting and (waiting[0] == nothing or waiting[0] in found):
+                    yield found.pop(waiting.popleft(), [])
+                if waiting:
+                    found.update(self.step())
+                elif exhausted:
+                    return
+        finally:  # closed early
+            for line in waiting:
+                if line in self.scheduler:
+                    self.cancel(line)
 
 
 @torch.inference_mode()

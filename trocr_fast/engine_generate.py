@@ -27,13 +27,11 @@ PROCESSORS = (
     logits_process.MinNewTokensLengthLogitsProcessor,
     logits_process.ForcedBOSTokenLogitsProcessor,
     logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
     logits_process.ExponentialDecayLengthPenalty,
     logits_process.SuppressTokensLogitsProcessor,
     logits_process.SuppressTokensAtBeginLogitsProcessor,
     logits_process.LogitNormalization,
 )
-CRITERIA = (stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria)
 
 
 def is_possible(
@@ -44,6 +42,7 @@ def is_possible(
     streamer: Any,
 ) -> bool:
     """Whether the engine decodes this call; the arguments are those of transformers' decoding loops."""
+    num_beams = config.num_beams or 1
     return (
         not config.do_sample
         and not config.return_dict_in_generate
@@ -51,14 +50,25 @@ def is_possible(
         and input_ids.shape[1] == 1  # no prompt but the start token, the same for all
         and bool((input_ids == input_ids[0]).all())
         and all(type(processor) in PROCESSORS for processor in processors)
-        and all(type(criterion) in CRITERIA for criterion in criteria)
+        and all(_is_own(criterion, config) for criterion in criteria)
+        and (num_beams == 1 or (config.length_penalty is not None and not config.low_memory))
     )
+
+
+def _is_own(criterion: Any, config: GenerationConfig) -> bool:
+    """Whether a stopping criterion is what the configuration says, and none of the caller's."""
+    if type(criterion) is stopping_criteria.MaxLengthCriteria:
+        return bool(criterion.max_length == config.max_length)
+    if type(criterion) is stopping_criteria.EosTokenCriteria:
+        end_tokens = config._eos_token_tensor
+        return end_tokens is not None and criterion.eos_token_id.tolist() == end_tokens.tolist()
+    return False
 
 
 def decode(
     network: Network, pixels: Tensor, count_pads: bool, start_token: int, processors: Any, config: GenerationConfig
-) -> Tensor:
-    """Token ids as transformers returns them.
+) -> Tensor | None:
+    """Token ids as transformers returns them; None if scores were not finite, which its own loop does not mind.
 
     Args:
         pixels: [batch, channels, H, W].
@@ -68,8 +78,7 @@ def decode(
     Returns:
         int64 [batch * num_return_sequences, longest], on the device of pixels.
     """
-    end_tokens = config.eos_token_id
-    end_tokens = [] if end_tokens is None else end_tokens if isinstance(end_tokens, list) else [end_tokens]
+    end_tokens = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
     num_beams = config.num_beams or 1
     settings = SearchSettings(
         start_token,
@@ -82,7 +91,10 @@ def decode(
         processors=tuple(processors),
     )
     engine = Engine(network, settings, min(len(pixels), MAX_LANES), count_pads=count_pads)
-    rows = [hypothesis.tokens for found in engine.decode(pixels) for hypothesis in found]
+    hypotheses = [hypothesis for found in engine.decode(pixels) for hypothesis in found]
+    if any(hypothesis.failed for hypothesis in hypotheses):
+        return None
+    rows = [hypothesis.tokens for hypothesis in hypotheses]
     pad = config._pad_token_tensor
     fill = 0 if pad is None else int(pad)
     if num_beams > 1:  # where a pad token 0 counts as none

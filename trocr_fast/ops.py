@@ -2,16 +2,18 @@
 
 Encoder, cross memory, decoder and search call nothing below this module. Each operation has an implementation in
 PyTorch (`trocr_fast.torch_ops`) and one in Triton (`trocr_fast.triton_ops`), and `backend` says which one computes it:
-on a CPU PyTorch's, on a GPU Triton's but for those of `SLOWER_IN_TRITON`. `use`, or the environment variable
+on a CPU PyTorch's, on a GPU Triton's but for those of `LEFT_TO_PYTORCH`. `use`, or the environment variable
 TROCR_FAST_OPS ("encoder_attention=torch,linear=triton", "all=torch"), chooses otherwise, so that a kernel can be left
 out, or the whole model be run through Triton's interpreter on a CPU (TRITON_INTERPRET=1).
 
 Softmax and statistics are computed in fp32 whatever the dtype.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -36,9 +38,9 @@ OPERATIONS = (
 )
 FEW_ROWS = 16  # up to which a linear layer is `skinny_linear`
 
-# On a GPU these stay with PyTorch. A plain product has nothing to fuse. In fp32 Triton multiplies without matrix units
-# and without the libraries' care for registers, so what is bound by arithmetic stays there, too.
-SLOWER_IN_TRITON = {
+# On a GPU these stay with PyTorch, until they are measured. A plain product has nothing to fuse. In fp32 Triton
+# multiplies without matrix units, and the libraries use registers better, so what is bound by arithmetic stays there.
+LEFT_TO_PYTORCH = {
     torch.float32: {"linear", "linear_activation", "encoder_attention", "latent_cross_attention"},
     torch.float16: {"linear"},
     torch.bfloat16: {"linear"},
@@ -84,12 +86,23 @@ def backend(operation: str, device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation computes an operation on tensors of this device and dtype."""
     if operation in _chosen:
         return _chosen[operation]
-    return "triton" if device.type == "cuda" and operation not in SLOWER_IN_TRITON.get(dtype, OPERATIONS) else "torch"
+    kept = LEFT_TO_PYTORCH.get(dtype, OPERATIONS)
+    return "triton" if device.type == "cuda" and operation not in kept and _has_triton(device) else "torch"
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and the chip one that it compiles bf16 for: NVIDIA's since Ampere."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _of(operation: str, x: Tensor) -> ModuleType:
     if backend(operation, x.device, x.dtype) == "torch":
         return torch_ops
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(f"{operation}: Triton computes on a GPU, or on a CPU with TRITON_INTERPRET=1 set; got neither")
     from trocr_fast import triton_ops  # late: importing Triton takes time that a CPU has no use for
 
     return triton_ops
@@ -180,23 +193,20 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep
     return _of("paged_attention", q).paged_attention(q, k, v, layer, step)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None = None) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of a decode step over the cached keys and values of each row's line.
 
     Args:
         q: [rows, heads, head_dim], already scaled; the rows of a line, its beams, side by side.
-        k, v: [slots, heads, keys, head_dim].
-        slots: int32 [lines], where each line's keys and values are; None: in the order of the lines.
+        k, v: [lines, heads, keys, head_dim]; the first stride is free.
 
     Returns:
         [rows, heads * head_dim].
     """
-    return _of("cross_attention", q).cross_attention(q, k, v, slots)
+    return _of("cross_attention", q).cross_attention(q, k, v)
 
 
-def latent_cross_attention(
-    q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor, slots: Tensor | None = None
-) -> Tensor:
+def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
     """Cross-attention over the encoder states themselves, without projected keys and values.
 
     With `K = E Wk^T + bk`, `q K^T = (q Wk) E^T + q bk`, whose last term is the same for all keys and drops out of the
@@ -204,14 +214,13 @@ def latent_cross_attention(
 
     Args:
         q: [rows, heads, head_dim], already scaled; the rows of a line, its beams, side by side.
-        states: [slots, keys, cross_width]: E, the encoder's output; all heads and layers share it.
+        states: [lines, keys, cross_width]: E, the encoder's output; all heads and layers share it.
         k_weight, v_weight: [heads, head_dim, cross_width].
-        slots: as of `cross_attention`.
 
     Returns:
         [rows, heads * head_dim], without the bias of V.
     """
-    return _of("latent_cross_attention", q).latent_cross_attention(q, states, k_weight, v_weight, slots)
+    return _of("latent_cross_attention", q).latent_cross_attention(q, states, k_weight, v_weight)
 
 
 def greedy_token(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:

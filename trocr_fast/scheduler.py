@@ -37,7 +37,7 @@ class Capacity:
     """
 
     num_lanes: int  # lines in the decode batch at most
-    num_slots: int  # lines whose cross memory is held at most
+    num_slots: int  # lines that are encoded and have not ended at most
     num_beams: int  # rows of a line
     encode_batch: int  # lines encoded together at most
 

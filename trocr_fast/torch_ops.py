@@ -72,20 +72,14 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep
     return torch.matmul(probabilities, values).flatten(1)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None) -> Tensor:
-    if slots is not None:
-        k, v = k.index_select(0, slots), v.index_select(0, slots)
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = q.unflatten(0, (k.shape[0], -1)).transpose(1, 2)  # [lines, heads, beams, head_dim]
     scores = torch.matmul(grouped, k.transpose(2, 3))  # [lines, heads, beams, keys]
     probabilities = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return torch.matmul(probabilities, v).transpose(1, 2).reshape(q.shape[0], -1)
 
 
-def latent_cross_attention(
-    q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor, slots: Tensor | None
-) -> Tensor:
-    if slots is not None:
-        states = states.index_select(0, slots)
+def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
     lines, _, width = states.shape
     rows, num_heads, _ = q.shape
     latent_q = torch.matmul(q.transpose(0, 1), k_weight).transpose(0, 1)  # [rows, heads, width]

@@ -64,10 +64,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep
     return attend_paged(q, k, v, step.cache.memory, layer, step.block_tables, step.context_lens, step.slot_mapping)
 
 
-def latent_cross_attention(
-    q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor, slots: Tensor | None
-) -> Tensor:
+def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
     latent_q = torch.matmul(q.transpose(0, 1), k_weight).transpose(0, 1)  # [rows, heads, width]
-    context = attend_latent(latent_q, states, slots)
+    context = attend_latent(latent_q, states)
     out = torch.matmul(context.transpose(0, 1), v_weight.transpose(1, 2))  # [heads, rows, head_dim]
     return out.transpose(0, 1).flatten(1)

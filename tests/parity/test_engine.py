@@ -49,6 +49,12 @@ def settings_of(name: str, **search: Any) -> SearchSettings:
     return SearchSettings(CASES[name].start, tuple(eos) if isinstance(eos, list) else (eos,), MAX_LENGTH, **search)
 
 
+def assert_holds_nothing(engine: Engine) -> None:
+    assert engine.is_idle and engine.lanes._kv.cache.num_free == engine.lanes.num_blocks
+    held = (engine._pixels, engine._states, engine._limits, engine._swapped, engine._lane_of)
+    assert not any(held), held
+
+
 def run(engine: Engine, pictures: Tensor) -> list[list[Hypothesis]]:
     """All that is found, the engine checked at every step."""
     lines = [engine.add(picture) for picture in pictures]
@@ -56,7 +62,7 @@ def run(engine: Engine, pictures: Tensor) -> list[list[Hypothesis]]:
     while not engine.is_idle:
         found.update(engine.step())
         engine.check_integrity()
-    assert engine.lanes.free_blocks >= engine.lanes.num_blocks  # nothing is held any more
+    assert_holds_nothing(engine)
     return [found[line] for line in lines]
 
 
@@ -136,8 +142,35 @@ def test_results_come_in_order_and_pictures_are_taken_as_they_are_needed() -> No
 
     for number, found in enumerate(engine.decode(pictures())):
         assert found == [] if number % 5 == 2 else found[0].tokens == expected[number % NUM_PICTURES]
-        assert taken <= number + 2 * (4 + 2) + 1
-    assert number == 199 and engine.is_idle
+        assert len(engine._pixels) <= 2 and len(engine._states) <= 2 + 2  # whatever has been taken, and is held back
+    assert number == 199
+    assert_holds_nothing(engine)
+
+    taken = 0
+    results = engine.decode(pictures())
+    next(results)
+    assert taken < 100 and not engine.is_idle
+    results.close()  # early
+    assert_holds_nothing(engine)
+
+
+def test_a_long_line_holds_up_results_but_not_the_batch() -> None:
+    _, pixels = reference("A")
+    engine = Engine(network("A"), settings_of("A"), 4, 2)
+    expected = run(Engine(network("A"), settings_of("A"), 40), pixels)
+    by_length = sorted(range(NUM_PICTURES), key=lambda row: len(expected[row][0].tokens))
+    long, short = by_length[-1], by_length[5]
+    busy = []
+    step = engine._decode
+
+    def counted(num_lanes: int) -> list[int]:
+        busy.append(num_lanes)
+        return step(num_lanes)
+
+    engine._decode = counted
+    found = list(engine.decode([pixels[long], *[pixels[short]] * 60]))
+    assert [one[0].tokens for one in found] == [expected[row][0].tokens for row in [long, *[short] * 60]]
+    assert min(busy[2 : len(expected[long][0].tokens) - 2]) > 1  # it is never alone
 
 
 def test_a_cancelled_line_leaves_at_once_and_nobody_else_notices() -> None:
@@ -156,6 +189,7 @@ def test_a_cancelled_line_leaves_at_once_and_nobody_else_notices() -> None:
                 engine.check_integrity()
             found.update(engine.step())
             step += 1
+        assert_holds_nothing(engine)
         assert sorted([*found, *cancelled]) == lines
         assert all(found[line][0].tokens == expected[line][0].tokens for line in found)
     with pytest.raises(ValueError, match="expected one that was added and has not ended, got 3"):
@@ -177,17 +211,39 @@ def test_each_line_may_have_its_own_limit(search: dict[str, Any]) -> None:
         engine.add(pixels[0], max_length=1)
 
 
-def test_a_step_that_fails_leaves_the_engine_usable() -> None:
+@pytest.mark.parametrize("device_memory", [True, False])
+def test_a_step_that_fails_leaves_the_engine_usable(device_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _, pixels = reference("A")
     net, settings = network("A"), settings_of("A")
     engine = Engine(net, settings, 4)
     expected = run(Engine(net, settings, 4), pixels[:6])
-    engine.add(pixels[0])
+    before = [engine.add(picture) for picture in pixels[:8]]
     engine.step()
-    engine.add(torch.zeros(3, 4, 4))
-    with pytest.raises(ValueError, match=r"pixel_values: expected shape \[batch, 3, 16, 16\]"):
+    engine.step()
+    error = torch.OutOfMemoryError if device_memory else RuntimeError
+    with monkeypatch.context() as broken, pytest.raises(error, match="by the test"):
+
+        def fail(*_: object) -> None:
+            raise error("by the test")
+
+        broken.setattr(net.decoder, "step", fail)
         engine.step()
-    assert engine.is_idle
+    assert_holds_nothing(engine)
+    after = engine.add(pixels[0])
+    assert after not in before  # an old number means nobody else now
+    engine.cancel(after)
     assert [one.tokens for (one,) in run(engine, pixels[:6])] == [one.tokens for (one,) in expected]
+
+
+def test_what_cannot_be_decoded_is_refused_before_anything_is_done() -> None:
+    _, pixels = reference("A")
+    net, settings = network("A"), settings_of("A")
+    engine = Engine(net, settings, 2)
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(3, 16, 16, dtype=torch.uint8), pixels[:1]):
+        with pytest.raises(ValueError, match=r"pixels: expected floating-point \[3, 16, 16\], got torch"):
+            engine.add(wrong)
+    with pytest.raises(ValueError, match=r"pixels: expected uint8 \[3, 16, 16\], got torch.float32"):
+        Engine(net, settings, 2, table=torch.zeros(3, 256)).add(pixels[0])
+    assert_holds_nothing(engine)
     with pytest.raises(ValueError, match="free_blocks: expected at least 1 for the next step of line 0, got 0"):
         run(Engine(net, settings, 2, num_blocks=3), pixels[:2])

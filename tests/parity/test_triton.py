@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.parity.models import MAX_LENGTH, Case, cut, greedy, lively_reference, save
-from trocr_fast import ops
+from trocr_fast import ops, triton_ops
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.kernels.launch import Launch
 from trocr_fast.model import Model
@@ -64,6 +64,20 @@ def test_tokens_equal_transformers(case: Case, kind: str, tmp_path: Path, launch
     found = greedy(model, pixels[chosen], NUM_TOKENS)
     assert [hypothesis.tokens for hypothesis in found] == expected
     assert {*KERNELS, BY_KIND[kind]} <= launched.keys()
+
+
+def test_large_layers_by_tensor_descriptor(
+    tmp_path: Path, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the encoders of real models, which have more rows than the interpreter could take."""
+    reference, pixels, _ = lively_reference(Case("A"))
+    model = Model.load(save(reference, tmp_path), DEVICE, torch.float32, "kv")
+    pixels = pixels[:2].to(DEVICE)
+    with ops.use("all=torch"):
+        expected = model.encoder(pixels)
+    monkeypatch.setattr(triton_ops, "PERSISTENT_ABOVE", 0)
+    torch.testing.assert_close(model.encoder(pixels), expected, rtol=1e-4, atol=1e-4)
+    assert launched["linear_persistent_kernel"] and not launched["linear_activation_kernel"]
 
 
 def test_pictures_of_8_bits(tmp_path: Path, launched: Counter[str]) -> None:
