@@ -1,5 +1,7 @@
-"""What the built-in model's confidence is worth, and the arithmetic that measures it."""
+"""The built-in model keeps what its card says, as far as the sample pictures can tell; and the card's arithmetic."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,15 @@ from PIL import Image
 
 from bench.builtin_model import calibration, confusions, ranking, review
 from trocr_fast import TrOCR
+from trocr_fast.checkpoint import BUILTIN
 from trocr_fast.line import Line
+from trocr_fast.metrics import evaluate, find_truths
 
 ROOT = Path(__file__).parent.parent
+CARD = ROOT / "docs" / "builtin_model.md"
 LINES = ROOT / "examples" / "lines"
 SAMPLES = sorted(path for path in LINES.iterdir() if path.suffix != ".txt")
+LONGEST = 80
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +31,17 @@ def samples(ocr: TrOCR) -> list[Line]:
     return list(ocr.read(SAMPLES))
 
 
+def test_sample_pictures_are_read(samples: list[Line]) -> None:
+    report = evaluate([truth.text for truth in find_truths(SAMPLES)], samples)
+    assert report.score.cer <= 0.01, report.worst
+    assert not any(line.truncated for line in samples)
+
+
+def test_there_is_room_for_the_longest_line(ocr: TrOCR) -> None:
+    assert ocr.read_max_length() >= LONGEST + 2
+    assert max(len(truth.text) for truth in find_truths(SAMPLES)) > 70
+
+
 def test_what_it_cannot_read_shows_in_the_confidence(ocr: TrOCR, samples: list[Line]) -> None:
     upside_down = [Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_180) for path in SAMPLES]
     rng = np.random.default_rng(0)
@@ -32,6 +49,18 @@ def test_what_it_cannot_read_shows_in_the_confidence(ocr: TrOCR, samples: list[L
     usual = np.median([line.confidence for line in samples])
     for outside in (upside_down, noise):
         assert np.quantile([line.confidence for line in ocr.read(outside)], 0.8) < usual - 0.1
+
+
+def test_the_card_shows_the_alphabet() -> None:
+    vocabulary = json.loads((BUILTIN / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    characters = {token for token in vocabulary if len(token) == 1}
+    [block] = re.findall(
+        r"The alphabet, and the space:\n\n```\n(.*?)\n```", CARD.read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert set(block.split()) | {" "} == characters
+    assert len(block.split()) + 1 == len(characters)
+    text = "".join(truth.text for truth in find_truths(SAMPLES))
+    assert set(text) <= characters
 
 
 def test_calibration_of_a_model_that_knows_itself() -> None:

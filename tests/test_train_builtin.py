@@ -251,5 +251,6 @@ def test_the_sample_pictures_are_those_of_the_recipe(recipe: SimpleNamespace) ->
     assert wanted.keys() == {path.name for path in folder.iterdir() if path.suffix != ".txt"}
     for name, text in wanted.items():
         assert (folder / name).with_suffix(".gt.txt").read_text(encoding="utf-8") == text + "\n"
+    assert max(map(len, wanted.values())) > 70
     families = {row[2] for row in recipe.sample_lines.LINES}
     assert families <= recipe.fonts.HELD_OUT
