@@ -235,8 +235,7 @@ def test_the_built_in_model_from_memory_and_from_files(
         *(OURS, WHOLE_BATCHES, ACCELERATED, CACHED, SHIPPED),
         *(f"{OURS}, {throughput.FROM_FILES}", f"{CACHED}, {throughput.FROM_FILES}"),
     ]
-    # One of the three files has an alpha channel, which the stock way of reading files drops.
-    assert [row.get("equal_share") for row in rows.values()] == [1.0] * 6 + [0.6667]
+    assert [row.get("equal_share") for row in rows.values()] == [1.0] * 7
     assert throughput.table(entry) in capsys.readouterr().out
 
     latency.main("--device cpu --config builtin --repeats 1".split())

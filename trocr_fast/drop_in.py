@@ -198,6 +198,7 @@ class DecodeCache:
     def __init__(self, network: Network, pixels: Tensor, count_pads: bool) -> None:
         if len(pixels) == 0:
             raise ValueError(f"pixel_values: expected at least one picture, got shape {list(pixels.shape)}")
+        network.encoder.check_shape(pixels)
         self._network, self._pixels, self._count_pads = network, pixels, count_pads
         self._decoder, self._num_lines = network.decoder, len(pixels)
         self._positions = network.decoder.positions(count_pads)

@@ -61,6 +61,19 @@ class Encoder:
             )
         self.final_norm = pair("layernorm")
 
+    def check_shape(self, pixels: Tensor) -> None:
+        """That pixels are [batch, channels, H, W] of the config's sizes.
+
+        Raises:
+            ValueError: they are not.
+        """
+        expected = (self.config.num_channels, *self.config.image_size)
+        if pixels.dim() != 4 or pixels.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values: expected shape [batch, {', '.join(map(str, expected))}] (channels, height, width), "
+                f"got {list(pixels.shape)}"
+            )
+
     def __call__(self, pixels: Tensor, table: Tensor | None = None) -> Tensor:
         """Encode pictures.
 
@@ -75,12 +88,7 @@ class Encoder:
             ValueError: pixels of another shape, or uint8 without a table.
         """
         config = self.config
-        expected = (config.num_channels, *config.image_size)
-        if pixels.dim() != 4 or pixels.shape[1:] != expected:
-            raise ValueError(
-                f"pixel_values: expected shape [batch, {', '.join(map(str, expected))}] (channels, height, width), "
-                f"got {list(pixels.shape)}"
-            )
+        self.check_shape(pixels)
         if pixels.is_floating_point():
             patches = ops.cut_patches(pixels.to(self.patch_weight.dtype), config.patch_size)
         elif pixels.dtype == torch.uint8 and table is not None:

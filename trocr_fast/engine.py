@@ -270,6 +270,7 @@ def decode_batch(
     """
     if len(pixels) == 0:
         return []
+    model.encoder.check_shape(pixels)
     count_pads = model.config.generation.use_cache if use_cache is None else use_cache
     engine = Engine(model, settings, len(pixels), count_pads=count_pads)
     return [hypothesis for found in engine.decode(pixels) for hypothesis in found]
