@@ -145,7 +145,7 @@ class _Pool:
 
 def test_a_stopped_run_goes_on_where_it_was(recipe: SimpleNamespace, trainer) -> None:
     pool, first = _Pool(recipe.model.IMAGE_SIZE), trainer()
-    first.progress.joint = True  # the decoder, too
+    first.progress.joint, first.progress.guide_loss = True, 0.0  # the decoder and CTC, which wait at first
     losses = [first.step(pool) for _ in range(4)]
     assert losses[-1]["ctc"] < losses[0]["ctc"] and losses[-1]["ce"] < losses[0]["ce"]
     first.save()
@@ -156,6 +156,30 @@ def test_a_stopped_run_goes_on_where_it_was(recipe: SimpleNamespace, trainer) ->
         assert again.step(pool) == pytest.approx(first.step(pool), rel=1e-2)
     weights = recipe.export.trained(first.checkpoint.parent).state_dict()
     assert weights.keys() == first.model.state_dict().keys()  # without the CTC head
+
+
+def test_columns_are_told_their_letters_until_ctc_begins(recipe: SimpleNamespace, trainer) -> None:
+    def over(text: str) -> str:
+        return recipe.model.decode(recipe.train.letters_over([text], 20)[0].tolist())
+
+    assert over("a") == "a" * 20 and over("abcd") == "a" * 5 + "b" * 5 + "c" * 5 + "d" * 5
+    assert over("iM").count("i") < 8 < 12 < over("iM").count("M") and over("iM").startswith("i")
+
+    pool, run = _Pool(recipe.model.IMAGE_SIZE), trainer("--guide-above", "5")
+    seen = [run.step(pool) for _ in range(60)]
+    guided = [losses for losses in seen if "guide" in losses]
+    assert 5 < len(guided) < 55 and seen[: len(guided)] == guided
+    assert guided[-1]["guide"] < guided[0]["guide"] / 2  # these are learned
+    assert seen[-1]["ctc"] < guided[-1]["ctc"] / 2  # and only then CTC
+    assert run.progress.guide_loss <= 5 < 9
+
+
+def test_a_first_run_may_be_on_smaller_pictures_and_shorter_lines(recipe: SimpleNamespace, trainer) -> None:
+    small = trainer("--image-size", "32", "384", "--max-length", "24")
+    assert "guide" in small.step(_Pool((32, 384)))
+    small.save()
+    larger = small.checkpoint.rename(small.checkpoint.with_name("small.pt"))
+    assert "ctc" in trainer("--start-from", str(larger)).step(_Pool(recipe.model.IMAGE_SIZE))
 
 
 def test_a_run_from_anothers_weights_has_its_own_clock(recipe: SimpleNamespace, trainer, tmp_path: Path) -> None:

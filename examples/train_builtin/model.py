@@ -25,11 +25,17 @@ MAX_POSITIONS = 128
 MAX_LENGTH = 96  # tokens that generate() may write, start and end included
 
 
-def build(width: int, encoder_layers: int, decoder_layers: int, heads: int) -> VisionEncoderDecoderModel:
-    """A new model. Its position tables start as sinusoids: neighbours look alike from the first step."""
+def build(
+    width: int, encoder_layers: int, decoder_layers: int, heads: int, image_size: tuple[int, int] | None = None
+) -> VisionEncoderDecoderModel:
+    """A new model of pictures of `image_size`, by default IMAGE_SIZE, in columns as wide as PATCH_SIZE.
+
+    Its position tables start as sinusoids: neighbours look alike from the first step.
+    """
+    height, columns = image_size or IMAGE_SIZE
     encoder = ViTConfig(
-        image_size=list(IMAGE_SIZE),
-        patch_size=list(PATCH_SIZE),
+        image_size=[height, columns],
+        patch_size=[height, PATCH_SIZE[1]],
         hidden_size=width,
         num_hidden_layers=encoder_layers,
         num_attention_heads=heads,

@@ -20,7 +20,9 @@ KEEP = 40  # of 113 MB each, so that all of them stay in memory
 class Pool:
     """Draws batches from the shards in `folder` while a child process renders new ones."""
 
-    def __init__(self, folder: Path, image_size: tuple[int, int], seed: int, reuse: float, degrade: float) -> None:
+    def __init__(
+        self, folder: Path, image_size: tuple[int, int], seed: int, reuse: float, degrade: float, max_length: int
+    ) -> None:
         self.folder, self.reuse = folder, reuse
         folder.mkdir(parents=True, exist_ok=True)
         self.shards: dict[int, tuple[np.ndarray, list[str]]] = {}
@@ -29,7 +31,7 @@ class Pool:
         self.seen = 0
         context = multiprocessing.get_context("spawn")
         self.wanted = context.Value("q", 8)  # shards to have rendered in this run
-        arguments = (folder, image_size, seed, degrade, self.wanted)
+        arguments = (folder, image_size, seed, degrade, max_length, self.wanted)
         context.Process(target=_render_forever, args=arguments, daemon=True).start()
 
     def batch(self, count: int, max_length: int, rng: random.Random) -> tuple[np.ndarray, list[str]]:
@@ -72,14 +74,16 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(path.name[:6]) for path in folder.glob("*.texts.json"))
 
 
-def _render_forever(folder: Path, image_size: tuple[int, int], seed: int, degrade: float, wanted) -> None:
+def _render_forever(
+    folder: Path, image_size: tuple[int, int], seed: int, degrade: float, max_length: int, wanted
+) -> None:
     """The child: one shard after another, numbered on from those on disk, never more than `wanted` ahead."""
     import render
 
     os.nice(5)
     parent = os.getppid()
     number = max(_numbers(folder), default=-1) + 1
-    lines = render.Lines("train", seed=1000 * seed + number, degrade=degrade)
+    lines = render.Lines("train", seed=1000 * seed + number, degrade=degrade, max_length=max_length)
     done = 0
     while os.getppid() == parent:
         if done >= wanted.value:

@@ -14,6 +14,7 @@ import random
 import signal
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import jiwer
@@ -22,6 +23,7 @@ import numpy as np
 import render
 import torch
 import torch.nn.functional as F
+from PIL import ImageFont
 from pool import Pool
 from text import MAX_LENGTH
 
@@ -37,6 +39,7 @@ class Progress:
     lines: int = 0
     seconds: float = 0.0
     ctc_loss: float = 9.0  # running mean, nats a character
+    guide_loss: float = 9.0  # running mean, nats a column; stays as it is once it is low enough
     max_length: int = FIRST_LENGTH
     joint: bool = False  # whether the decoder is trained too
 
@@ -59,12 +62,30 @@ def to_tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=shape.PAD), lengths
 
 
+def letters_over(texts: list[str], columns: int) -> torch.Tensor:
+    """Token ids of the characters that stand over each column in a usual typeface: int64 [B, columns]."""
+    font = _usual_typeface()
+    rows = []
+    for text in texts:
+        edges = torch.tensor([font.getlength(character) for character in text]).cumsum(0)
+        centres = (torch.arange(columns) + 0.5) * edges[-1] / columns
+        rows.append(torch.tensor(shape.encode(text))[torch.searchsorted(edges, centres)])
+    return torch.stack(rows)
+
+
+@cache
+def _usual_typeface() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=100)
+
+
 class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.progress = args, Progress()
         self.rng = random.Random(args.seed)
         torch.manual_seed(args.seed)
-        self.model = shape.build(args.width, args.encoder_layers, args.decoder_layers, args.heads)
+        self.model = shape.build(
+            args.width, args.encoder_layers, args.decoder_layers, args.heads, tuple(args.image_size)
+        )
         self.model.set_attn_implementation("eager")  # on a CPU in bf16, several times the speed of sdpa's backward
         self.ctc_head = torch.nn.Linear(args.width, len(shape.VOCABULARY))
         self.parameters = [*self.model.parameters(), *self.ctc_head.parameters()]
@@ -88,16 +109,17 @@ class Trainer:
             logits = self.ctc_head(states[:, 1:])
         return states, logits.float().log_softmax(-1)
 
-    def losses(self, images: np.ndarray, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """CTC loss in nats a character and the decoder's cross-entropy in nats a token."""
+    def losses(self, images: np.ndarray, texts: list[str]) -> dict[str, torch.Tensor]:
+        """CTC loss in nats a character; the guide's in nats a column and the decoder's in nats a token, while used."""
         tokens, lengths = to_tokens(texts)
         states, log_probs = self.encode(to_pixels(images))
-        columns = torch.full_like(lengths, log_probs.shape[1])
-        ctc = (
+        columns = log_probs.shape[1]
+        losses = {}
+        losses["ctc"] = (
             F.ctc_loss(
                 log_probs.transpose(0, 1),
                 tokens,
-                columns,
+                torch.full_like(lengths, columns),
                 lengths,
                 blank=shape.PAD,
                 reduction="sum",
@@ -105,42 +127,46 @@ class Trainer:
             )
             / lengths.sum()
         )
+        if self.progress.guide_loss > self.args.guide_above:
+            losses["guide"] = F.nll_loss(log_probs.flatten(0, 1), letters_over(texts, columns).flatten())
         if not self.progress.joint:
-            return ctc, None
+            return losses
         edge = torch.full((len(texts), 1), shape.EOS)
         inputs = torch.cat([edge, tokens], dim=1)  # [B, 1 + longest]: the start token is EOS, as in TrOCR
         targets = torch.cat([tokens, torch.full_like(edge, shape.PAD)], dim=1)
         targets[torch.arange(len(texts)), lengths] = shape.EOS
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model.decoder(input_ids=inputs, encoder_hidden_states=states, use_cache=False).logits
-        cross_entropy = F.cross_entropy(
+        losses["ce"] = F.cross_entropy(
             logits.float().flatten(0, 1),
             targets.flatten(),
             ignore_index=shape.PAD,
             label_smoothing=self.args.label_smoothing,
         )
-        return ctc, cross_entropy
+        return losses
 
     def step(self, pool: Pool) -> dict[str, float]:
         progress, args = self.progress, self.args
         rate = learning_rate(progress, args.learning_rate, args.budget_minutes * 60, args.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        ctc, cross_entropy = self.losses(*pool.batch(args.batch, progress.max_length, self.rng))
-        loss = ctc if cross_entropy is None else args.ctc_weight * ctc + cross_entropy
-        loss.backward()
+        losses = self.losses(*pool.batch(args.batch, progress.max_length, self.rng))
+        weights = {"ctc": args.ctc_weight if progress.joint else 1.0}
+        if "guide" in losses:  # alone: CTC begins with predicting nothing anywhere, and holds on to it for long
+            weights["ctc"] = 0.0
+            progress.guide_loss += 0.02 * (losses["guide"].item() - progress.guide_loss)
+        torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
         progress.lines += args.batch
-        progress.ctc_loss += 0.02 * (ctc.item() - progress.ctc_loss)
+        progress.ctc_loss += 0.02 * (losses["ctc"].item() - progress.ctc_loss)
         if progress.ctc_loss < args.grow_below and progress.step % 20 == 0:
-            progress.max_length = min(MAX_LENGTH, progress.max_length + 1)
+            progress.max_length = min(args.max_length, progress.max_length + 1)
         if progress.ctc_loss < args.joint_below or progress.seconds > 0.25 * args.budget_minutes * 60:
             progress.joint = True
-        values = {"ctc": ctc.item(), "norm": norm.item(), "lr": rate}
-        return values if cross_entropy is None else values | {"ce": cross_entropy.item()}
+        return {name: loss.item() for name, loss in losses.items()} | {"norm": norm.item(), "lr": rate}
 
     @torch.no_grad()
     def evaluate(self, images: np.ndarray, texts: list[str]) -> dict[str, float]:
@@ -187,12 +213,13 @@ class Trainer:
         shape.start_from(self.model, state["model"])
         self.ctc_head.load_state_dict(state["ctc_head"])
         done = state["progress"]
-        self.progress = Progress(ctc_loss=done["ctc_loss"], max_length=done["max_length"], joint=done["joint"])
+        self.progress = Progress(**{name: done[name] for name in ("ctc_loss", "guide_loss", "max_length", "joint")})
 
     def run(self) -> None:
         args, progress = self.args, self.progress
-        development = development_lines(args.degrade)
-        pool = Pool(args.work / "shards", shape.IMAGE_SIZE, args.seed, args.reuse, args.degrade)
+        image_size = tuple(args.image_size)
+        development = development_lines(args.degrade, image_size, args.max_length)
+        pool = Pool(args.work / "shards", image_size, args.seed, args.reuse, args.degrade, args.max_length)
         window: list[dict[str, float]] = []
         stop: list[int] = []  # the signal that asked to stop; the step under way is finished first
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -214,11 +241,11 @@ class Trainer:
         self.save()
 
 
-def development_lines(degrade: float) -> tuple[np.ndarray, list[str]]:
+def development_lines(degrade: float, image_size: tuple[int, int], max_length: int) -> tuple[np.ndarray, list[str]]:
     """Lines in held-out fonts to follow the training by: uint8 [DEV_LINES, H, W, 3] and texts."""
-    lines = render.Lines("held-out", seed=1, degrade=degrade)
+    lines = render.Lines("held-out", seed=1, degrade=degrade, max_length=max_length)
     pictures, texts = zip(*(lines.draw() for _ in range(DEV_LINES)), strict=True)
-    return np.stack([render.squash(picture, *shape.IMAGE_SIZE) for picture in pictures]), list(texts)
+    return np.stack([render.squash(picture, *image_size) for picture in pictures]), list(texts)
 
 
 def log(path: Path, row: dict) -> None:
@@ -236,6 +263,8 @@ def parse() -> argparse.Namespace:
         "--budget-minutes", type=float, required=True, help="training time in all, resumed runs included"
     )
     parser.add_argument("--start-from", type=Path, help="checkpoint.pt of a run on shorter lines to begin with")
+    parser.add_argument("--image-size", type=int, nargs=2, default=shape.IMAGE_SIZE, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="characters of a line")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--encoder-layers", type=int, default=5)
     parser.add_argument("--decoder-layers", type=int, default=2)
@@ -246,6 +275,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--ctc-weight", type=float, default=0.5)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--guide-above", type=float, default=2.6, help="loss of columns above which CTC waits")
     parser.add_argument("--grow-below", type=float, default=1.5, help="CTC loss under which lines grow longer")
     parser.add_argument("--joint-below", type=float, default=1.2, help="CTC loss under which the decoder joins")
     parser.add_argument("--reuse", type=float, default=2.0, help="how often a rendered line is seen")
