@@ -4,6 +4,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import signal
 import struct
@@ -150,6 +151,20 @@ def test_progress_bar_on_a_terminal_leaves_rows_whole() -> None:
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(s) for s in SAMPLES[:3]]
 
 
+def test_beams_and_log_probabilities_on_request() -> None:
+    from trocr_fast import TrOCR
+
+    paths = [LINES / "address.jpg", LINES / "total.png"]
+    done = trocr_fast("read", *paths, "--num-beams", "3", "--format", "jsonl", "--token-log-probs")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row, line in zip(rows, TrOCR.from_pretrained(device="cpu").read(paths, num_beams=3), strict=True):
+        assert row["token_ids"] == line.token_ids
+        assert len(row["token_log_probs"]) == len(line.token_ids) - 1
+        mean = sum(row["token_log_probs"]) / len(row["token_log_probs"])
+        assert math.exp(mean) == pytest.approx(row["confidence"], abs=1e-5)
+
+
 def test_list_on_stdin() -> None:
     done = trocr_fast("read", "-", stdin="\n".join(map(str, SAMPLES[:2])))
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(s) for s in SAMPLES[:2]]
@@ -169,6 +184,8 @@ def test_list_on_stdin() -> None:
         (["read", SAMPLES[0], "--max-image-mpixels", "0"], "max_image_mpixels"),
         (["read", SAMPLES[0], "--picture-format", "DOC"], "formats"),
         (["read", SAMPLES[0], "--revision", "main"], "revision"),
+        (["read", SAMPLES[0], "--num-beams", "0"], "--num-beams"),
+        (["read", SAMPLES[0], "--token-log-probs"], "expected --format jsonl beside it, got text"),
         (["evaluate", ROOT / "tests" / "checkpoints"], "pictures"),
         (["evaluate", ""], "no truth"),
     ],

@@ -94,7 +94,6 @@ def test_published_configurations(name, encoder, decoder, num_tokens, family):
     assert d.pad_token_id == 1 and not config.enc_to_dec_proj and config.family == family
     assert (g.decoder_start_token_id, g.eos_token_ids, g.pad_token_id, g.use_cache) == (2, (2,), 1, False)
     assert (g.max_length, g.max_new_tokens, g.other) == (None, None, {})
-    assert g.resolve_max_length() == 21
     assert config.read_max_length == d.max_position_embeddings + 1
 
 
@@ -240,37 +239,8 @@ def test_files_that_leave_transformers_without_a_token_are_refused_too(saved, tm
     write(tmp_path, clean(json.loads((source / "config.json").read_text())), generation)
     with pytest.raises(ValueError):
         VisionEncoderDecoderModel.from_pretrained(tmp_path).generate(pixels)
-    with pytest.raises(ValueError, match=r"decoder_start_token_id|max_length=1 leaves no room"):
-        CheckpointConfig.from_folder(tmp_path).generation.resolve_max_length()
-
-
-@pytest.mark.parametrize(
-    ("limits", "total"),
-    [
-        ((None, None, None, None), 21),
-        ((20, None, None, None), 20),
-        ((21, None, None, None), 21),
-        ((None, 20, None, None), 21),
-        ((5, 20, None, None), 21),
-        ((5, 20, 3, None), 4),
-        ((5, None, None, 9), 9),
-        ((None, 5, None, 9), 6),  # the checkpoint's max_new_tokens stands above the caller's max_length, as stock
-        ((None, None, 7, 3), 8),
-        ((None, None, None, 2), 2),
-    ],
-)
-def test_lengths(tmp_path, limits, total):
-    file_length, file_new, our_new, our_length = limits
-    generation = {"decoder_start_token_id": 2, "max_length": file_length, "max_new_tokens": file_new}
-    found = CheckpointConfig.from_folder(write(tmp_path, minimal(), generation)).generation
-    assert found.resolve_max_length(our_new, our_length) == total
-
-
-@pytest.mark.parametrize("limits", [(0, None), (-1, None), (None, 1), (None, 0), (None, -5)])
-def test_a_limit_without_room_is_refused(tmp_path, limits):
-    generation = CheckpointConfig.from_folder(write(tmp_path, minimal())).generation
-    with pytest.raises(ValueError, match="leaves no room"):
-        generation.resolve_max_length(*limits)
+    with pytest.raises(ValueError, match=r"decoder_start_token_id|max_length"):
+        TrOCR(tmp_path, Model.load(tmp_path, torch.device("cpu"), torch.float32), None, None).generate(pixels)
 
 
 @pytest.mark.parametrize(

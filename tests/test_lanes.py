@@ -98,10 +98,10 @@ def test_a_row_may_outgrow_what_was_there_at_first() -> None:
 def test_a_limit_on_blocks_is_kept() -> None:
     lanes = Lanes(CONFIG, 2, 2, torch.float32, torch.device("cpu"), num_blocks=5)
     lanes.admit(0)
-    assert lanes.free_blocks == 5
+    assert lanes.find_blocks(0) == 5
     lanes.begin_step(1)
     lanes.begin_step(1)
-    assert lanes.free_blocks == 1 and lanes.blocks_of(0) == 4
+    assert lanes.find_blocks(0) == 1 and lanes.blocks_of(0) == 4
     with pytest.raises(OutOfBlocks):
         lanes.begin_step(1)
-    assert lanes.lengths[0] == 2 and lanes.free_blocks == 1
+    assert lanes.lengths[0] == 2 and lanes.find_blocks(0) == 1

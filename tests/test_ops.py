@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from trocr_fast import ops, torch_ops, triton_ops
 from trocr_fast.errors import UsageError
@@ -72,3 +73,34 @@ def test_the_environment_chooses_for_a_whole_process() -> None:
     environment = {**os.environ, "TROCR_FAST_OPS": "linear=triton"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["triton", "torch"]
+
+
+@pytest.mark.parametrize("activation", [None, *torch_ops.ACTIVATIONS])
+@pytest.mark.parametrize("shape", [(1, 7, 5), (3, 33, 1), (17, 64, 200), (1, 128, 65)])
+def test_packed_weights_give_the_same_products(shape: tuple[int, int, int], activation: str | None) -> None:
+    rows, width, out = shape
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((2, rows, width), (out, width), (out,)))
+    packed = ops.packed(weight)
+    assert packed.is_mkldnn and packed.shape == weight.shape
+    for some in (bias, None):
+        expected = torch_ops.linear(x.double(), weight.double(), None if some is None else some.double(), activation)
+        found = ops.linear(x, packed, some, activation)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    token, log_prob = ops.greedy_token(x[0], packed)
+    logits = F.linear(x[0].double(), weight.double())
+    assert token.tolist() == logits.argmax(-1).tolist()
+    torch.testing.assert_close(log_prob.double(), logits.log_softmax(-1).amax(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_stay_plain_where_nothing_is_won_or_triton_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 8)
+    assert ops.packed(weight.half()).is_mkldnn is ops.packed(weight.bfloat16()).is_mkldnn is False
+    for operation in ops.PRODUCTS:
+        with ops.use(f"{operation}=triton"):
+            assert ops.packed(weight) is weight
+    with monkeypatch.context() as other:  # a PyTorch that has lost what it never promised
+        other.setattr(torch_ops, "PACKING", (*torch_ops.PACKING, "_no_such_operation"))
+        assert ops.packed(weight) is weight
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert ops.packed(weight) is weight

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trocr_fast import _csrc
+from trocr_fast import _csrc, paged_cache
 from trocr_fast.paged_cache import OutOfBlocks, PagedKV, StepBuffers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -21,7 +21,7 @@ def make(device: str = "cpu", block_size: int = 4, num_blocks: int = 40) -> Page
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether csrc moves the bytes or, as on a GPU with the build for CPUs, PyTorch."""
     if not request.param:
-        monkeypatch.setattr(PagedKV, "_has_native", staticmethod(lambda device: False))
+        monkeypatch.setattr(paged_cache, "has_native", lambda device: False)
     elif "cuda" in request.node.name and _csrc.BUILD == "cpu":
         pytest.skip("needs the extension built with nvcc (TROCR_FAST_CUDA=1)")
     return request.param

@@ -130,7 +130,6 @@ def test_generate_returns_what_transformers_returns(tmp_path: Path) -> None:
     pad = model.generation_config.pad_token_id
     assert (ours.generate(pixels)[:, -1] == pad).any()  # rows of different lengths were filled up
     assert ours.generate(pixels).shape[1] == 21
-    assert ours.generate(pixels[:0]).shape[0] == 0
 
 
 def _open(folder: Path) -> TrOCR:
@@ -144,22 +143,6 @@ def _open(folder: Path) -> TrOCR:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUILTIN / name, folder / name)
     return TrOCR.from_pretrained(folder, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_beams": 4}, ValueError, "num_beams: expected .*got 4"),
-        ({"repetition_penalty": 1.3}, ValueError, "repetition_penalty"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
-        ({"max_length": 1}, ValueError, "max_length=1"),
-        ({"no_such_argument": 1}, TypeError, "no_such_argument"),
-    ],
-)
-def test_generate_never_answers_differently_in_silence(ocr: TrOCR, arguments, error, message: str) -> None:
-    pixels = torch.zeros(1, 3, *ocr.model.config.encoder.image_size)
-    with pytest.raises(error, match=message):
-        ocr.generate(pixels, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +175,6 @@ def test_settings_of_another_search_are_told(tmp_path: Path) -> None:
     ours = TrOCR.from_pretrained(folder, device="cpu")
     with pytest.warns(UserWarning, match="num_beams"):
         list(ours.read(SAMPLES[:1]))
-    with pytest.raises(ValueError, match="num_beams"):
-        ours.generate(torch.zeros(1, 3, *ours.model.config.encoder.image_size))
 
 
 def test_processor_that_does_not_fit_the_model(tmp_path: Path) -> None:
@@ -277,20 +258,9 @@ def test_odd_paths_are_rows(ocr: TrOCR, samples) -> None:
 
 def test_scores_that_are_no_numbers_are_error_rows(samples) -> None:
     broken = TrOCR.from_pretrained(device="cpu")
-    broken.model.decoder.head[7] = torch.nan
+    broken.model.decoder.layers[-1].final_norm[1][7] = torch.nan
     lines = list(broken.read(SAMPLES[:2]))
     assert all(line.text is None and "finite" in line.error for line in lines)
-    with pytest.raises(ValueError, match="finite"):
-        broken.generate(torch.zeros(1, 3, *broken.model.config.encoder.image_size))
-
-
-def test_arguments_that_greedy_search_ignores(ocr: TrOCR) -> None:
-    pixels = ocr.pixel_values([ocr.images.load(SAMPLES[0])])
-    plain = ocr.generate(pixels)
-    ignored = {"temperature": 0.5, "top_k": 3, "length_penalty": 2.0, "early_stopping": True, "output_scores": False}
-    assert torch.equal(ocr.generate(pixels, **ignored), plain)
-    with pytest.raises(ValueError, match=r"output_scores: .*got True"):
-        ocr.generate(pixels, output_scores=True)
 
 
 def test_position_rule_can_be_chosen_by_call(tmp_path: Path) -> None:

@@ -64,6 +64,13 @@ def test_jsonl() -> None:
     assert "漢" in out and "NaN" not in out and err == ""
 
 
+def test_log_probabilities_of_tokens_are_written_where_there_are_some() -> None:
+    line = Line("a.png", "a", 0.5, [2, 5, 2], token_log_probs=[-0.12345678, float("-inf")])
+    assert json.loads(_written("jsonl", [line])[0])["token_log_probs"] == [-0.123457, None]
+    for format in ("text", "csv", "tsv"):
+        assert "0.123457" not in _written(format, [line])[0]
+
+
 def _expected_cells(line: Line) -> list[str]:
     if line.error is not None:
         return [line.path or "", "", "", "", line.error]

@@ -7,6 +7,7 @@ Only typer is imported here; each command imports what it needs when it runs, so
 """
 
 import gc
+import json
 import os
 import sys
 import warnings
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from trocr_fast.errors import TrocrFastError
+from trocr_fast.errors import TrocrFastError, UsageError
 
 if TYPE_CHECKING:
     from trocr_fast.line import Line
@@ -108,18 +109,34 @@ def read(
     max_image_mpixels: MpixelsOption = None,
     max_file_bytes: BytesOption = None,
     picture_format: FormatsOption = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Search with so many beams; by default greedily.")
+    ] = None,
+    token_log_probs: Annotated[
+        bool, typer.Option("--token-log-probs", help="Write the log-probability of each token, too (jsonl).")
+    ] = False,
 ) -> None:
     """Read pictures of text lines: one row a picture, in the order of the paths."""
     from trocr_fast.sources import find_pictures
     from trocr_fast.writers import open_writer
 
+    row_format = format or _format_of(output)
+    if token_log_probs and row_format != "jsonl":
+        raise UsageError(f"--token-log-probs: expected --format jsonl beside it, got {row_format}")
     pictures = find_pictures(paths)  # a wrong path is told before the model is loaded
     limits = _limits(max_image_mpixels, max_file_bytes, picture_format)
     ocr = _load(model, revision, device, dtype, cross_memory, pixels, limits)
-    lines = ocr.read(pictures, batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=workers)
+    lines = ocr.read(
+        pictures,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_workers=workers,
+        token_log_probs=token_log_probs,
+        **({} if num_beams is None else {"num_beams": num_beams}),
+    )
     with _output(output, existing) as stream:
         num_failed = 0
-        writer = open_writer(format or _format_of(output), stream)
+        writer = open_writer(row_format, stream)
         try:
             for line in _progress(lines):
                 writer.write(line)
@@ -237,6 +254,53 @@ def evaluate(
         f"unreadable {score.num_errors}  characters {score.num_characters}"
     )
     if score.num_errors:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def bench(
+    paths: Paths,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    cross_memory: CrossMemoryOption = "auto",
+    batch_size: BatchOption = 16,
+    max_new_tokens: TokensOption = None,
+    pixels: PixelsOption = "sane",
+    max_image_mpixels: MpixelsOption = None,
+    max_file_bytes: BytesOption = None,
+    picture_format: FormatsOption = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Turns of each; the median counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Lines a second of this engine and of transformers, and how many lines have equal tokens."""
+    from trocr_fast.benchmark import measure, table
+    from trocr_fast.errors import PictureError
+    from trocr_fast.sources import find_pictures
+    from trocr_fast.verify import Reference
+    from trocr_fast.writers import escape
+
+    pictures = list(find_pictures(paths))
+    limits = _limits(max_image_mpixels, max_file_bytes, picture_format)
+    ocr = _load(model, revision, device, dtype, cross_memory, pixels, limits)
+    loaded, num_unreadable = [], 0
+    for path, picture in ocr.load_pictures(pictures):
+        if isinstance(picture, PictureError):
+            num_unreadable += 1
+            _note(f"{escape(path or '')}: left out: {picture}")
+        else:
+            loaded.append(picture)
+    if not loaded:
+        raise UsageError(f"expected at least one picture that can be read, got {num_unreadable} that can't")
+    reference = Reference(ocr.folder, ocr.model.device, ocr.model.config.generation.other)
+    report = measure(ocr, reference, loaded, batch_size, repeats, max_new_tokens, _note)
+    if as_json:
+        typer.echo(json.dumps(report | {"num_unreadable": num_unreadable}))
+    else:
+        for line in table(report):
+            typer.echo(line)
+    if num_unreadable:
         raise typer.Exit(FAILED)
 
 

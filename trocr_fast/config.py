@@ -116,16 +116,9 @@ NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
 }
 
 
-# What greedy search has no use for, whatever its value: transformers ignores these too unless it samples or has beams.
-UNUSED_BY_GREEDY = frozenset(
-    {"length_penalty", "early_stopping", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p"}
-    | {"epsilon_cutoff", "eta_cutoff"}
-)
-
-
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """How `generate` behaves where the caller says nothing, as transformers 5 resolves it from the files."""
+    """What the files say of generating, as transformers 5 resolves it."""
 
     decoder_start_token_id: int
     eos_token_ids: tuple[int, ...]  # empty: rows only end at the length limit
@@ -134,29 +127,6 @@ class GenerationDefaults:
     max_new_tokens: int | None  # start token not counted; wins over max_length
     use_cache: bool  # chooses the position rule of sinusoidal decoders
     other: Mapping[str, Any]  # settings that would change the tokens and that greedy search does not know
-
-    def resolve_max_length(self, max_new_tokens: int | None = None, max_length: int | None = None) -> int:
-        """Total length, the start token counted, that transformers 5 would generate to.
-
-        Arguments win over the checkpoint, `max_new_tokens` wins over `max_length`; with nothing given anywhere it
-        is 21, that is 20 new tokens.
-
-        Raises:
-            ValueError: a limit that leaves no room for one new token.
-        """
-        if max_new_tokens is None:
-            max_new_tokens = self.max_new_tokens
-        if max_length is None:
-            max_length = self.max_length
-        if max_new_tokens is not None:
-            total, name = max_new_tokens + 1, f"max_new_tokens={max_new_tokens}"
-        elif max_length is not None:
-            total, name = max_length, f"max_length={max_length}"
-        else:
-            return 21
-        if total < 2:
-            raise ValueError(f"{name} leaves no room for a new token: the start token alone has length 1")
-        return total
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Pictures lie in slots. The beams of a picture share its slot.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,6 +30,11 @@ class CrossWeights:
     weight: Tensor  # [layers, 2, width, cross_width], keys before values
     bias: Tensor  # [layers, 2, width]
     num_heads: int
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The weight of the product that gives keys and values of all layers: `ops.packed`, of layers * 2 * width."""
+        return ops.packed(self.weight.view(-1, self.weight.shape[-1]))
 
 
 class CrossMemory(Protocol):
@@ -94,9 +100,8 @@ class KVMemory:
         self._kv = weights.weight.new_empty(shape)  # what a head reads at a step is contiguous
 
     def write(self, slots: Tensor, states: Tensor) -> None:
-        weight, bias = self._weights.weight, self._weights.bias
         layers, _, _, num_heads, keys, head_dim = self._kv.shape
-        projected = ops.linear(states, weight.view(-1, weight.shape[-1]), bias.view(-1))
+        projected = ops.linear(states, self._weights.packed, self._weights.bias.view(-1))
         projected = projected.view(-1, keys, layers, 2, num_heads, head_dim)
         self._kv[:, :, slots] = projected.permute(2, 3, 0, 4, 1, 5)
 

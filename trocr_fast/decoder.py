@@ -69,7 +69,7 @@ class SinusoidalPositions:
         return table.to(self._dtype).to(self._device)
 
     def __call__(self, tokens: Tensor, step: PagedStep) -> Tensor:
-        while self._table.shape[0] < step.longest + self._pad + 1:
+        while self._table.shape[0] < step.longest + self._pad + 2:  # a row that has ended may be one token ahead
             self._table = self._rows(2 * self._table.shape[0])
         is_token = tokens != self._pad
         position = step.context_lens if self._count_pads else step.num_counted
@@ -87,13 +87,17 @@ class Decoder:
     def __init__(self, config: DecoderConfig, weights: dict[str, Tensor]) -> None:
         self.config = config
         self.embedding = weights[EMBEDDING]  # [vocab_size, width]
-        self.head = weights[HEAD]  # [vocab_size, width]
+        self.head = ops.packed(weights[HEAD])  # [vocab_size, width]
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.q_scale = config.head_dim**-0.5
         root = "decoder.model.decoder"
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return weights[f"{root}.{name}.weight"], weights[f"{root}.{name}.bias"]
+
+        def product(name: str) -> tuple[Tensor, Tensor]:
+            weight, bias = pair(name)
+            return ops.packed(weight), bias.contiguous()
 
         self._learned = weights[f"{root}.embed_positions.weight"] if config.learned_positions else None
         self._embedding_norm = pair("layernorm_embedding") if config.layernorm_embedding else None
@@ -104,14 +108,14 @@ class Decoder:
             q, k, v = (pair(f"{layer}.self_attn.{x}_proj") for x in "qkv")
             self.layers.append(
                 _Layer(
-                    qkv=(torch.cat([q[0], k[0], v[0]]), torch.cat([q[1], k[1], v[1]])),
-                    self_out=pair(f"{layer}.self_attn.out_proj"),
+                    qkv=(ops.packed(torch.cat([q[0], k[0], v[0]])), torch.cat([q[1], k[1], v[1]])),
+                    self_out=product(f"{layer}.self_attn.out_proj"),
                     self_norm=pair(f"{layer}.self_attn_layer_norm"),
-                    cross_q=pair(f"{layer}.encoder_attn.q_proj"),
-                    cross_out=pair(f"{layer}.encoder_attn.out_proj"),
+                    cross_q=product(f"{layer}.encoder_attn.q_proj"),
+                    cross_out=product(f"{layer}.encoder_attn.out_proj"),
                     cross_norm=pair(f"{layer}.encoder_attn_layer_norm"),
-                    fc1=pair(f"{layer}.fc1"),
-                    fc2=pair(f"{layer}.fc2"),
+                    fc1=product(f"{layer}.fc1"),
+                    fc2=product(f"{layer}.fc2"),
                     final_norm=pair(f"{layer}.final_layer_norm"),
                 )
             )

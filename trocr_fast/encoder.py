@@ -33,9 +33,14 @@ class Encoder:
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return weights[f"encoder.{name}.weight"], weights[f"encoder.{name}.bias"]
 
+        def product(name: str) -> tuple[Tensor, Tensor]:
+            weight, bias = pair(name)
+            return ops.packed(weight), bias.contiguous()
+
         # The convolution's kernel is as large as its stride, so it is a product of patches with a matrix.
-        projection, self.patch_bias = pair("embeddings.patch_embeddings.projection")
-        self.patch_weight = projection.flatten(1)  # [width, channels * height * width of a patch]
+        projection, patch_bias = pair("embeddings.patch_embeddings.projection")
+        self.patch_bias = patch_bias.contiguous()
+        self.patch_weight = ops.packed(projection.flatten(1))  # [width, channels * height * width of a patch]
 
         prefix = [weights["encoder.embeddings.cls_token"]]
         if config.kind == "deit":
@@ -52,11 +57,11 @@ class Encoder:
             self.layers.append(
                 _Layer(
                     norm_before=pair(f"{layer}.layernorm_before"),
-                    qkv=(qkv_weight, qkv_bias),
-                    out=pair(f"{layer}.attention.o_proj"),
+                    qkv=(ops.packed(qkv_weight), qkv_bias),
+                    out=product(f"{layer}.attention.o_proj"),
                     norm_after=pair(f"{layer}.layernorm_after"),
-                    fc1=pair(f"{layer}.mlp.fc1"),
-                    fc2=pair(f"{layer}.mlp.fc2"),
+                    fc1=product(f"{layer}.mlp.fc1"),
+                    fc2=product(f"{layer}.mlp.fc2"),
                 )
             )
         self.final_norm = pair("layernorm")

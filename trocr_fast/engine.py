@@ -3,11 +3,14 @@
     scheduler says who -> lanes, memory and search move them -> decoder feeds a token -> search chooses the next
 
 Pictures are encoded in batches and wait, encoded, for a place. The host looks at the outcome of every step: which lines
-are done, and which beam each beam goes on from.
+are done, and which beam each beam goes on from. On a GPU it does so when the next step has begun, so that the GPU never
+waits for it: a line that is done takes part in one step more, in which its rows are empty, and results come a step
+later. Encoding has a stream of its own there.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +18,18 @@ import torch
 from torch import Tensor
 
 from trocr_fast.cross_memory import CrossMemory, Lines
+from trocr_fast.errors import is_out_of_memory
+from trocr_fast.host_copy import HostCopy, to_device
 from trocr_fast.lanes import Lanes, SwappedLane
 from trocr_fast.model import Model, Network
-from trocr_fast.scheduler import Capacity, Plan, Scheduler
+from trocr_fast.paged_cache import on_device
+from trocr_fast.scheduler import STEPS_AHEAD, Capacity, LineTooLarge, Plan, Scheduler
 from trocr_fast.search import Choice, Hypothesis, Search, SearchSettings, make_search
 
 MAX_HELD = 4096  # results of `decode` that wait for one before them
+
+
+Found = list[tuple[int, list[Hypothesis]]]  # lines that are done, and what was found
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,24 @@ class _Swapped:
 
     blocks: SwappedLane
     search: dict[str, Tensor]
-    memory: list[Tensor]
+    memory: list[Tensor]  # on the host
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step has chosen, which the host is still to learn."""
+
+    lines: tuple[int, ...]  # of the lanes at that step
+    choice: HostCopy
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Pictures being encoded."""
+
+    lines: list[int]
+    states: Tensor  # [lines, tokens, width]
+    ready: torch.cuda.Event | None
 
 
 class Engine:
@@ -41,8 +67,9 @@ class Engine:
         num_lanes: pictures in the decode batch at most.
         encode_batch: pictures encoded together at most; None: as many.
         count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
-        num_blocks: of the self-attention cache, never more; None: as many as are needed.
+        num_blocks: of the self-attention cache, never more; None: as many as are needed, while there is memory.
         table: for uint8 pictures: fp32 [channels, 256], the normalised value of each of the 256 values.
+        late: whether the host learns of a step when the next one has begun; by default on a GPU.
 
     Used by one thread at a time.
     """
@@ -56,12 +83,17 @@ class Engine:
         count_pads: bool = True,
         num_blocks: int | None = None,
         table: Tensor | None = None,
+        late: bool | None = None,
     ) -> None:
-        self.network, self._table = network, table
+        self.network, self._table = network, table if table is None else table.to(network.device)
         encode_batch = min(encode_batch or num_lanes, num_lanes)
         self._capacity = Capacity(num_lanes, num_lanes + encode_batch, settings.num_beams, encode_batch)
         self._positions = network.decoder.positions(count_pads)
         self._settings, self._num_blocks = settings, num_blocks
+        on_gpu = network.device.type == "cuda"
+        self._late = on_gpu if late is None else late
+        self._encode_stream = torch.cuda.Stream(network.device) if on_gpu else None
+        self._follow_stream()  # of who made the weights
         self.num_swaps = 0
         self._next = 0  # number of the next line; none is used twice
         self._reset()
@@ -71,10 +103,16 @@ class Engine:
         network, capacity = self.network, self._capacity
         self.scheduler = Scheduler(capacity)
         self._pixels: dict[int, Tensor] = {}
+        self._encoding = deque[_Encoded]()
         self._states: dict[int, Tensor] = {}  # [tokens, width] of lines that are encoded and not in the batch yet
-        self._limits: dict[int, int] = {}
+        self._own: dict[int, dict[str, int]] = {}  # what the search is to know of a line of its own
         self._lane_of: dict[int, int] = {}
         self._swapped: dict[int, _Swapped] = {}
+        self._under_way = deque[_Outcome]()
+        self._results = deque[tuple[list[int], HostCopy]]()  # of lines that have left the batch
+        self._left: set[int] = set()  # those lines
+        self._longest = 0  # tokens of a row in the last step
+        self._found: Found = []  # not given out yet
         # What is large goes before its like comes: memory may be what there was too little of.
         for name in ("lanes", "_search", "_memory"):
             self.__dict__.pop(name, None)
@@ -85,15 +123,20 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """No line is waiting or being decoded."""
-        return self.scheduler.is_idle
+        """No line is waiting or being decoded, no result is to come."""
+        return self.scheduler.is_idle and not (self._left or self._found)
 
-    def add(self, pixels: Tensor, max_length: int | None = None) -> int:
+    def __contains__(self, line: int) -> bool:
+        """Whether a line was added, and neither its result given nor the line cancelled."""
+        return line in self.scheduler or line in self._left
+
+    def add(self, pixels: Tensor, max_length: int | None = None, seed: int | None = None) -> int:
         """A picture to be decoded.
 
         Args:
             pixels: [channels, H, W]: uint8 if the engine has a table, else floating-point and normalised.
             max_length: at which this line is cut, the start token counted; None: as the others.
+            seed: of what is random in this line, where the settings sample; None: the number of the line.
 
         Returns:
             The number of its line.
@@ -109,11 +152,14 @@ class Engine:
             raise ValueError(f"pixels: expected {kind} {list(expected)}, got {pixels.dtype} {list(pixels.shape)}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length: expected at least 2, got {max_length}")
+        if pixels.device.type == "cuda" and self._encode_stream is not None:
+            self._follow_stream()
+            pixels.record_stream(self._encode_stream)
         line, self._next = self._next, self._next + 1
         self.scheduler.add(line)
         self._pixels[line] = pixels
-        if max_length is not None:
-            self._limits[line] = max_length
+        limit = self._settings.max_length if max_length is None else max_length
+        self._own[line] = {"limit": limit, "seed": line if seed is None else seed}
         return line
 
     def cancel(self, line: int) -> None:
@@ -122,31 +168,55 @@ class Engine:
         Raises:
             ValueError: no such line, or it has ended.
         """
+        if line in self._left:
+            self._left.remove(line)
+            return
         self.scheduler.cancel(line)
         self._forget(line)
+        if self.scheduler.is_idle:
+            self._encoding.clear()
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, list[Hypothesis]]]:
+    def step(self) -> Found:
         """One token more for every line of the batch, and pictures encoded where there is room.
 
         Returns:
-            The lines that are done, and what was found.
+            The lines that are done, and what was found. A line for which there is too little memory, even alone, is
+            done, too, with an error in place of its tokens.
 
         Raises:
-            ValueError: a line that outgrows the position table, or all blocks there are. All lines are forgotten, as
-                after any other error; the engine can be used again.
+            ValueError: a line that outgrows the position table. All lines are forgotten, as after any other error; the
+                engine can be used again.
         """
         try:
-            plan = self.scheduler.plan(self.lanes.free_blocks, self._blocks_of)
-            self._place(plan)
-            done = self._decode(len(plan.decode))
-            # before encoding, which a GPU is given to do without waiting for it
-            found = self._leave([plan.decode[lane] for lane in done])
-            self._encode(plan)
+            with on_device(self.network.device):
+                self._look_at_encoded()
+                plan = self._plan()
+                self._place(plan)
+                self._decode(plan.decode)
+                # before encoding, which takes long on a CPU
+                self._learn(steps_ahead=1 if self._late and plan.decode else 0)
+                self._encode([line for line, _ in plan.encode])
+            found, self._found = self._found, []
             return found
         except BaseException:
             self._reset()
             raise
+
+    def _plan(self) -> Plan:
+        if self._positions.limit is not None and self._longest >= self._positions.limit:
+            self._learn(steps_ahead=0)  # the next step would be an error for a line that has not ended
+        while True:
+            running = len(self._lane_of)
+            rows = (running + len(self._swapped) + len(self._states)) * self._capacity.num_beams
+            free_blocks = self.lanes.find_blocks(STEPS_AHEAD * rows)
+            if free_blocks < running * self._capacity.num_beams and self._under_way:
+                self._learn(steps_ahead=0)  # who leaves may leave blocks enough; and the host has to know who goes
+                continue
+            try:
+                return self.scheduler.plan(free_blocks, self._blocks_of)
+            except LineTooLarge as error:
+                self._fail(error.line, str(error))
 
     def _blocks_of(self, line: int) -> int:
         if line in self._swapped:
@@ -156,7 +226,7 @@ class Engine:
     def _place(self, plan: Plan) -> None:
         """Put every line where the plan wants it."""
         for line, _, lane in plan.swap_out:
-            known = self._search.lines.take(lane), self._memory.take(lane)
+            known = self._search.lines.take(lane), [part.cpu() for part in self._memory.take(lane)]
             self._swapped[line] = _Swapped(self.lanes.swap_out(lane), *known)
             del self._lane_of[line]
             self.num_swaps += 1
@@ -168,52 +238,161 @@ class Engine:
             swapped = self._swapped.pop(line)
             self.lanes.swap_in(lane, swapped.blocks)
             self._search.lines.put(lane, swapped.search)
-            self._memory.put(lane, swapped.memory)
-        for line, _, lane in plan.admit:
-            self.lanes.admit(lane)
-            self._search.lines.admit(lane)
-            if line in self._limits:
-                self._search.lines["limit"][lane] = self._limits.pop(line)
-        if plan.admit:  # all in one product
-            lanes = torch.tensor([lane for _, _, lane in plan.admit], device=self.network.device)
-            self._memory.write(lanes, torch.stack([self._states.pop(line) for line, _, _ in plan.admit]))
+            self._memory.put(lane, [part.to(self.network.device) for part in swapped.memory])
+        if plan.admit:  # all at once
+            lines, lanes = [line for line, _, _ in plan.admit], [lane for _, _, lane in plan.admit]
+            own = [self._own.pop(line) for line in lines]
+            for lane, one in zip(lanes, own, strict=True):
+                self.lanes.admit(lane, one["limit"] - 1)
+            self._search.lines.admit(lanes, {name: [one[name] for one in own] for name in own[0]})
+            states = torch.stack([self._states.pop(line) for line in lines])
+            self._write(to_device(lanes, self.network.device), states)
         self._lane_of = {line: lane for lane, line in enumerate(plan.decode)}
 
-    def _decode(self, num_lanes: int) -> list[int]:
-        """A token more for the first lanes; gives those that are done."""
-        if not num_lanes:
-            return []
+    def _write(self, lanes: Tensor, states: Tensor) -> None:
+        """Fill the cross memory of lanes, of fewer at a time where there is too little memory."""
+        try:
+            return self._memory.write(lanes, states)
+        except RuntimeError as error:
+            if len(lanes) == 1 or not is_out_of_memory(error):
+                raise
+        half = len(lanes) // 2
+        self._write(lanes[:half], states[:half])
+        self._write(lanes[half:], states[half:])
+
+    def _decode(self, batch: tuple[int, ...]) -> None:
+        """A token more for the lines of the first lanes."""
+        num_lanes = len(batch)
+        if not batch:
+            return
         decoder, lines = self.network.decoder, Lines(self._memory, num_lanes)
-        step = self.lanes.begin_step(num_lanes)
+        done = self._search.lines["done"][:num_lanes] if self._late else None
+        step = self.lanes.begin_step(num_lanes, done)
+        self._longest = step.longest
         x = decoder.step(self._search.tokens(num_lanes), step, lines, self._positions)
         choice: Choice = self._search.choose(x, decoder, self.lanes.lengths[:num_lanes])
+        outcome = {"done": choice.done}
         if choice.parents is not None:
-            self.lanes.reorder(choice.parents.cpu().numpy())
-        return np.flatnonzero(choice.done.cpu().numpy()).tolist()
+            if self._late:
+                self.lanes.follow(choice.parents)
+            outcome["parents"] = choice.parents
+        self._under_way.append(_Outcome(batch, HostCopy(outcome)))
 
-    def _encode(self, plan: Plan) -> None:
-        """Encode the next pictures."""
-        lines = [line for line, _ in plan.encode]
-        if lines:
-            pixels = torch.stack([self._pixels.pop(line) for line in lines])
-            self._states.update(zip(lines, self.network.states(pixels, self._table), strict=True))
-            self.scheduler.encoded(*lines)
+    def _learn(self, steps_ahead: int) -> None:
+        """Let the host know what steps have chosen, but for the last ones; lines that are done leave the batch."""
+        while self._results:
+            self._give(*self._results.popleft())
+        while len(self._under_way) > steps_ahead:
+            outcome = self._under_way.popleft()
+            choice = {name: tensor.numpy() for name, tensor in outcome.choice.wait().items()}
+            there = [place for place, line in enumerate(outcome.lines) if line in self._lane_of]  # not cancelled
+            if "parents" in choice and not self._late:
+                self.lanes.reorder(choice["parents"])
+            elif "parents" in choice and there:
+                lanes = np.array([self._lane_of[outcome.lines[place]] for place in there])
+                self.lanes.replay(lanes, choice["parents"][there], tail=len(self._under_way))
+            done = [outcome.lines[place] for place in there if choice["done"][place]]
+            if done:
+                lanes_of_done = [self._lane_of[line] for line in done]
+                result = HostCopy(self._search.lines.gather(self._search.RESULT, lanes_of_done))
+                self.scheduler.finish(*done)
+                for line in done:
+                    self._forget(line)
+                self._left.update(done)
+                if steps_ahead:
+                    self._results.append((done, result))
+                else:
+                    self._give(done, result)
 
-    def _leave(self, lines: list[int]) -> list[tuple[int, list[Hypothesis]]]:
-        """Lines that are done leave the batch."""
-        found = [(line, self._search.result(self._lane_of[line])) for line in lines]
-        self.scheduler.finish(*lines)
+    def _give(self, lines: list[int], result: HostCopy) -> None:
+        tensors = result.wait()
+        for place, line in enumerate(lines):
+            if line in self._left:  # else it was cancelled
+                self._left.remove(line)
+                found = self._search.found({name: tensor[place] for name, tensor in tensors.items()})
+                self._found.append((line, found))
+
+    def _encode(self, lines: list[int]) -> None:
+        """Encode pictures, fewer at a time where there is too little memory."""
+        if not lines:
+            return
+        try:
+            with self._on_encode_stream():
+                states = self.network.states(self._stacked(lines), self._table)
+                ready = None if self._encode_stream is None else self._encode_stream.record_event()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(lines) == 1:
+                return self._fail(lines[0], f"too little memory to encode one picture: {error}")
+            states = None
+        if states is None:  # out of the handler, whose error holds on to memory
+            half = len(lines) // 2
+            self._encode(lines[:half])
+            return self._encode(lines[half:])
         for line in lines:
-            self._forget(line)
-        return found
+            del self._pixels[line]
+        self._encoding.append(_Encoded(lines, states, ready))
+        self._look_at_encoded()
+
+    def _stacked(self, lines: list[int]) -> Tensor:
+        """Their pixels, [lines, channels, H, W], on the device or on the way to it."""
+        pixels = [self._pixels[line] for line in lines]
+        if self._encode_stream is None or pixels[0].device.type != "cpu":
+            return torch.stack(pixels)
+        # from pinned memory: else the host would wait until the stream is done with the pictures before
+        pinned = torch.empty((len(lines), *pixels[0].shape), dtype=pixels[0].dtype, pin_memory=True)
+        return torch.stack(pixels, out=pinned).to(self.network.device, non_blocking=True)
+
+    def _follow_stream(self) -> None:
+        """Let encoding wait for what the current stream has been given to do so far."""
+        if self._encode_stream is not None:
+            self._encode_stream.wait_stream(torch.cuda.current_stream(self.network.device))
+
+    def _on_encode_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._encode_stream is None else torch.cuda.stream(self._encode_stream)
+
+    def _look_at_encoded(self) -> None:
+        """Let those that are encoded join the batch; wait for some if there is none."""
+        while self._encoding:
+            lines, states, ready = self._encoding[0].lines, self._encoding[0].states, self._encoding[0].ready
+            if ready is not None:
+                if not ready.query() and self._lane_of:
+                    return
+                torch.cuda.current_stream(states.device).wait_event(ready)
+                states.record_stream(torch.cuda.current_stream(states.device))
+            self._encoding.popleft()
+            there = [(line, one) for line, one in zip(lines, states, strict=True) if line in self.scheduler]
+            self._states.update(there)
+            self.scheduler.encoded(*(line for line, _ in there))
+
+    def _fail(self, line: int, error: str) -> None:
+        """A line ends without tokens."""
+        self.cancel(line)
+        self._found.append((line, [Hypothesis([self._settings.start_token], error=error)]))
 
     def _forget(self, line: int) -> None:
         self._pixels.pop(line, None)
-        self._limits.pop(line, None)
+        self._own.pop(line, None)
         self._states.pop(line, None)
         self._swapped.pop(line, None)
         if line in self._lane_of:
             self.lanes.release(self._lane_of.pop(line))
+
+    @torch.inference_mode()
+    def so_far(self, line: int) -> list[int]:
+        """The tokens that a line has at the moment, the start token first; of beams, those of the best running one.
+
+        Raises:
+            ValueError: no such line, or it has ended.
+        """
+        if line not in self:
+            raise ValueError(f"line: expected one that was added and has not ended, got {line}")
+        if line in self._swapped:
+            return self._search.so_far(self._swapped[line].search)
+        if line in self._lane_of:
+            return self._search.so_far(self._search.lines.take(self._lane_of[line]))
+        return [self._settings.start_token]
 
     def check_integrity(self) -> None:
         """Nothing is lost or doubled; after every step in tests."""
@@ -223,10 +402,11 @@ class Engine:
     def decode(self, pictures: Iterable[Tensor | None]) -> Iterator[list[Hypothesis]]:
         """What is found on pictures [channels, H, W], in their order, as they come; nothing for None.
 
+        The seed of a line is its number among the pictures, those that are None counted.
         No more than `encode_batch` pictures wait to be encoded. A long line holds up what comes behind it, not the
         batch: so many results are kept until their turn.
         """
-        rest, waiting = iter(pictures), deque[int]()
+        rest, waiting = enumerate(pictures), deque[int]()
         found: dict[int, list[Hypothesis]] = {}
         nothing = -1
         exhausted = False
@@ -238,11 +418,11 @@ class Engine:
                     and self.scheduler.num_waiting < self._capacity.encode_batch
                 ):
                     try:
-                        picture = next(rest)
+                        seed, picture = next(rest)
                     except StopIteration:
                         exhausted = True
                     else:
-                        waiting.append(self.add(picture) if picture is not None else nothing)
+                        waiting.append(self.add(picture, seed=seed) if picture is not None else nothing)
                 while waiting and (waiting[0] == nothing or waiting[0] in found):
                     yield found.pop(waiting.popleft(), [])
                 if waiting:
@@ -251,19 +431,13 @@ class Engine:
                     return
         finally:  # closed early
             for line in waiting:
-                if line in self.scheduler:
+                if line in self:
                     self.cancel(line)
 
 
 @torch.inference_mode()
-def decode_batch(
-    model: Model, pixels: Tensor, settings: SearchSettings, use_cache: bool | None = None
-) -> list[Hypothesis]:
+def decode_batch(model: Model, pixels: Tensor, settings: SearchSettings) -> list[Hypothesis]:
     """Decode pictures [batch, channels, H, W] together.
-
-    Args:
-        use_cache: which of transformers' two position rules a sinusoidal decoder follows; by default the checkpoint's.
-            It never changes how much is computed.
 
     Returns:
         All hypotheses of the first picture, then those of the second, and so on.
@@ -271,6 +445,5 @@ def decode_batch(
     if len(pixels) == 0:
         return []
     model.encoder.check_shape(pixels)
-    count_pads = model.config.generation.use_cache if use_cache is None else use_cache
-    engine = Engine(model, settings, len(pixels), count_pads=count_pads)
+    engine = Engine(model, settings, len(pixels), count_pads=model.config.generation.use_cache)
     return [hypothesis for found in engine.decode(pixels) for hypothesis in found]

@@ -15,3 +15,9 @@ class PictureError(TrocrFastError, ValueError):
 
 class UsageError(TrocrFastError, ValueError):
     """The command or function was asked for something that makes no sense; nothing was read or written."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch could not have the memory that it asked for; on a CPU it has no error of its own for that."""
+    of_cpu = "not enough memory", "can't allocate memory"
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in of_cpu)

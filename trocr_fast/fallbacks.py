@@ -7,14 +7,15 @@ is held against what transformers builds from its configuration, and a call agai
 import copy
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import GenerationConfig, VisionEncoderDecoderModel
+from transformers import GenerationConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
 
 from trocr_fast.config import Architecture
 from trocr_fast.weights import current_name, expected_shapes, is_unused
@@ -29,7 +30,7 @@ MODES = {
 # what is in neither list changes the computation, or how it is shared among machines.
 FOLLOWED = frozenset(
     {"self", "inputs", "pixel_values", "generation_config", "logits_processor", "stopping_criteria", "streamer"}
-    | {"prefix_allowed_tokens_fn", "tokenizer", "decoder_input_ids"}
+    | {"prefix_allowed_tokens_fn", "tokenizer", "decoder_input_ids", "encoder_outputs"}
     | {"labels"}  # without any part in generating; Seq2SeqTrainer passes them
 )
 MAY_BE_FALSE = frozenset({"synced_gpus", "interpolate_pos_encoding", "trust_remote_code"})
@@ -76,7 +77,7 @@ def of_call(arguments: dict[str, Any], config: GenerationConfig, others: dict[st
         others: the arguments that are no part of it.
     """
     for name, value in {**arguments, **others}.items():
-        unset = (value is None and name != "encoder_outputs") or (value is False and name in MAY_BE_FALSE)
+        unset = value is None or (value is False and name in MAY_BE_FALSE)
         if name not in FOLLOWED and not unset:
             return f"the argument {name!r}"
     for name, neutral in NOT_FOLLOWED.items():
@@ -87,16 +88,31 @@ def of_call(arguments: dict[str, Any], config: GenerationConfig, others: dict[st
     return None if mode in MODES else f"the search {mode.value}"
 
 
-def of_pixels(pixels: Any, model: VisionEncoderDecoderModel) -> str | None:
-    """Why these pictures cannot be taken; None: they can, or nobody could and the encoder says what is wrong."""
-    if not isinstance(pixels, Tensor):
-        return f"pixel_values: expected a tensor, got {type(pixels).__name__}"
-    if not pixels.is_floating_point():
-        return f"pixel_values: expected floating-point, got {pixels.dtype}"
-    if pixels.device != model.device:
-        return f"pixel_values: expected them on {model.device}, as the model is, got {pixels.device}"
-    if torch.is_autocast_enabled(pixels.device.type):
-        return "autocast is on"
+def of_sources(sources: dict[str, Any], model: VisionEncoderDecoderModel) -> str | None:
+    """Why what there is to read cannot be taken; None: it can, or nobody could and others say what is wrong.
+
+    Args:
+        sources: pictures and encoder outputs, by the names of the arguments.
+    """
+    if "encoder_outputs" in sources and len(sources) > 1:
+        return "encoder_outputs beside pictures"
+    for name, source in sources.items():
+        if name == "encoder_outputs":
+            width = model.config.encoder.hidden_size
+            states = source[0] if isinstance(source, ModelOutput) and "last_hidden_state" in source else None
+            if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[2] != width or not len(states):
+                return f"encoder_outputs: expected a last_hidden_state of shape [batch, tokens, {width}]"
+            if states.dtype != model.dtype:
+                return f"encoder_outputs: expected {model.dtype}, as the model is, got {states.dtype}"
+            source = states
+        elif not isinstance(source, Tensor):
+            return f"pixel_values: expected a tensor, got {type(source).__name__}"
+        elif not source.is_floating_point():
+            return f"pixel_values: expected floating-point, got {source.dtype}"
+        if source.device != model.device:
+            return f"{name}: expected them on {model.device}, as the model is, got {source.device}"
+        if torch.is_autocast_enabled(source.device.type):
+            return "autocast is on"
     return None
 
 
@@ -141,7 +157,7 @@ def of_model(model: VisionEncoderDecoderModel) -> str | None:
     for name in _overridden(type(model)):
         return f"{type(model).__name__} has {name}() of its own"
     try:
-        expected = _built(model)
+        expected = without_weights(VisionEncoderDecoderModel, model.config)
     except Exception as error:
         return f"transformers makes no model of its configuration: {error}"
     return next(_differences(modules, dict(expected.named_modules())), None)
@@ -174,16 +190,16 @@ def named_weights(model: VisionEncoderDecoderModel) -> dict[str, nn.Parameter]:
     return {current_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _built(model: VisionEncoderDecoderModel) -> VisionEncoderDecoderModel:
-    """What transformers makes of the model's configuration, without memory for weights."""
-    config = copy.deepcopy(model.config)
+def without_weights(make: Callable[[Any], Any], config: VisionEncoderDecoderConfig) -> Any:
+    """What is made of a copy of a model's configuration, without memory for weights."""
+    config = copy.deepcopy(config)
     # It chooses how attention is computed, not what; some ways look for a GPU.
     config._attn_implementation = "eager"
     # Else it would be the default of all threads for that time.
     config.dtype = config.encoder.dtype = config.decoder.dtype = torch.get_default_dtype()
     # Nothing is drawn on this device, so a seed that was just set means what it meant.
     with _building, torch.device("meta"):
-        return VisionEncoderDecoderModel(config)
+        return make(config)
 
 
 def _differences(modules: dict[str, nn.Module], expected: dict[str, nn.Module]) -> Iterator[str]:

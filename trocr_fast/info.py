@@ -34,8 +34,7 @@ def describe(ocr: TrOCR) -> Iterator[tuple[str, str]]:
         f"{decoder.num_layers} layers, width {decoder.d_model}, {decoder.num_heads} heads, "
         f"vocabulary {decoder.vocab_size}, at most {decoder.max_position_embeddings} positions",
     )
-    parameters = {tensor.data_ptr(): tensor.numel() for tensor in model.parameters()}
-    yield "parameters", f"{sum(parameters.values()) / 1e6:.2f} M"
+    yield "parameters", f"{model.num_parameters / 1e6:.2f} M"
     yield "runs on", f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     chosen = {name: ops.backend(name, model.device, model.dtype) for name in ops.OPERATIONS}
     for backend in ops.BACKENDS:
@@ -48,4 +47,4 @@ def describe(ocr: TrOCR) -> Iterator[tuple[str, str]]:
     generation = config.generation
     yield "reads until", f"the end token {list(generation.eos_token_ids)}, or {config.read_max_length} tokens"
     if generation.other:
-        yield "not followed", f"{dict(generation.other)}"
+        yield "not followed by read", f"{dict(generation.other)}"

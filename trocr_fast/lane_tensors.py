@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from trocr_fast.host_copy import to_device
+
 
 class LaneTensors:
     """Tensors by name, [lanes, ...]; some have a column for each token of a line as their last dimension.
@@ -15,14 +17,28 @@ class LaneTensors:
 
     def __init__(self, num_lanes: int, line: dict[str, Tensor], by_token: tuple[str, ...]) -> None:
         self._line, self._by_token = line, by_token
+        self._device = next(iter(line.values())).device
         self._tensors = {name: tensor.expand(num_lanes, *tensor.shape).clone() for name, tensor in line.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def admit(self, lane: int) -> None:
-        """A new line in a lane."""
-        self.put(lane, self._line)
+    def admit(self, lanes: list[int], own: dict[str, list[int]]) -> None:
+        """New lines in some lanes.
+
+        Args:
+            own: by name, what is different in each of them; names that are not known here are left out.
+        """
+        places = to_device(lanes, self._device)
+        self.put(places, self._line)
+        for name in own.keys() & self._tensors.keys():
+            tensor = self._tensors[name]
+            tensor[places] = to_device(own[name], self._device, tensor.dtype)
+
+    def gather(self, names: tuple[str, ...], lanes: list[int]) -> dict[str, Tensor]:
+        """Some tensors, of some lanes only."""
+        places = to_device(lanes, self._device)
+        return {name: self._tensors[name][places] for name in names}
 
     def move(self, source: int, target: int) -> None:
         """The line in a lane goes to another one."""
@@ -33,13 +49,13 @@ class LaneTensors:
         """All that is known of the line in a lane."""
         return {name: tensor[lane].clone() for name, tensor in self._tensors.items()}
 
-    def put(self, lane: int, line: dict[str, Tensor]) -> None:
-        """A line that was taken comes back, into any lane."""
+    def put(self, lanes: int | Tensor, line: dict[str, Tensor]) -> None:
+        """A line that was taken comes back, into any lane, or the same into several, int64 [lanes]."""
         for name, tensor in self._tensors.items():
             if name in self._by_token:  # there may be more columns by now
-                tensor[lane, ..., : line[name].shape[-1]] = line[name]
+                tensor[lanes, ..., : line[name].shape[-1]] = line[name]
             else:
-                tensor[lane] = line[name]
+                tensor[lanes] = line[name]
 
     def update(self, new: dict[str, Tensor], alive: Tensor) -> None:
         """Of the first lanes, those that are alive, bool [lanes], get new values."""

@@ -2,16 +2,21 @@
 
 A lane is a line's place in the batch, with one row a beam. Lanes are filled without gaps from the first one on, so the
 rows of a step are those of the first lanes.
+
+Which beams go on is decided on the device. The host, who shares out blocks, learns of it before the next step
+(`reorder`), or when that has begun already: then the device follows at once (`follow`), and the host later (`replay`).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trocr_fast.config import DecoderConfig
-from trocr_fast.paged_cache import BLOCK_SIZE, OutOfBlocks, PagedKV, PagedStep, StepBuffers, Swapped
+from trocr_fast.errors import is_out_of_memory
+from trocr_fast.paged_cache import BLOCK_SIZE, PagedKV, PagedStep, StepBuffers, Swapped
 
 FIRST_TOKENS = 32  # of a row that the cache has room for at first; it grows when lines are longer
 
@@ -22,6 +27,7 @@ class SwappedLane:
 
     blocks: Swapped
     length: int
+    limit: int
     num_counted: Tensor  # int64 [beams]
 
     @property
@@ -37,7 +43,7 @@ class Lanes:
         config: of the decoder.
         num_lanes: lines at most.
         num_beams: rows of a line.
-        num_blocks: of the cache, never more; None: as many as are needed.
+        num_blocks: of the cache, never more; None: as many as are needed, while there is memory.
     """
 
     def __init__(
@@ -60,6 +66,9 @@ class Lanes:
         self.lengths = np.zeros(num_lanes, np.int64)  # tokens fed
         # those of a row that are no pad token, int64 [rows]
         self.num_counted = torch.zeros(num_lanes * num_beams, dtype=torch.int64, device=device)
+        self._limits = np.zeros(num_lanes, np.int64)  # tokens that a line is fed at most
+        self._parents: Tensor | None = None  # int64 [lanes, beams], of the last step, unless the host knows them
+        self._first_rows = torch.arange(num_lanes, device=device).unsqueeze(1) * num_beams  # of each lane
         self._num_columns = FIRST_TOKENS  # of the block tables
         self._buffers = StepBuffers(num_lanes * num_beams, self._num_columns, device)
 
@@ -68,20 +77,33 @@ class Lanes:
         """Blocks of the cache as it is now."""
         return self._kv.cache.num_blocks
 
-    @property
-    def free_blocks(self) -> int:
-        """Blocks that are there to be taken."""
-        return 2**62 if self._may_grow else self._kv.cache.num_free
+    def find_blocks(self, num_blocks: int) -> int:
+        """Blocks that are free to be taken: at least so many, if the cache may grow and there is memory for it."""
+        cache = self._kv.cache
+        if self._may_grow and cache.num_free < num_blocks:
+            self._may_grow = self._grew(2 * cache.num_blocks + num_blocks) or self._grew(cache.num_blocks + num_blocks)
+            # if not, what there is has to do: lines take turns
+        return cache.num_free
+
+    def _grew(self, num_blocks: int) -> bool:
+        try:
+            self._kv.grow(num_blocks)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def blocks_of(self, lane: int) -> int:
         """Blocks that would be free without the line in a lane."""
         return len({block for sequence in self._sequences[lane] for block in self._kv.cache.table(sequence).tolist()})
 
-    def admit(self, lane: int) -> None:
-        """An empty line in a lane."""
+    def admit(self, lane: int, max_tokens: int = 2**31 - 1) -> None:
+        """An empty line in a lane, to be fed so many tokens at most."""
         self._sequences[lane] = [self._kv.cache.add() for _ in range(self.num_beams)]
-        self.lengths[lane] = 0
+        self.lengths[lane], self._limits[lane] = 0, max_tokens
         self._counted(lane).zero_()
+        self._forget_parents([lane])
 
     def release(self, lane: int) -> None:
         """Forget the line in a lane."""
@@ -90,19 +112,22 @@ class Lanes:
     def move(self, source: int, target: int) -> None:
         """The line in a lane goes to another one."""
         self._sequences[target] = self._sequences[source]
-        self.lengths[target] = self.lengths[source]
+        self.lengths[target], self._limits[target] = self.lengths[source], self._limits[source]
         self._counted(target).copy_(self._counted(source))
+        if self._parents is not None:
+            self._parents[target] = self._parents[source]
 
     def swap_out(self, lane: int) -> SwappedLane:
-        """Take the line out of a lane, its blocks into host memory."""
+        """Take the line out of a lane, its blocks into host memory; the host knows its parents."""
         blocks = self._kv.swap_out(self._sequences[lane])
-        return SwappedLane(blocks, int(self.lengths[lane]), self._counted(lane).clone())
+        return SwappedLane(blocks, int(self.lengths[lane]), int(self._limits[lane]), self._counted(lane).clone())
 
     def swap_in(self, lane: int, swapped: SwappedLane) -> None:
         """Bring a line back, into any lane."""
         self._sequences[lane] = self._kv.swap_in(swapped.blocks)
-        self.lengths[lane] = swapped.length
+        self.lengths[lane], self._limits[lane] = swapped.length, swapped.limit
         self._counted(lane).copy_(swapped.num_counted)
+        self._forget_parents([lane])
 
     def reorder(self, parents: np.ndarray) -> None:
         """Let the beams of the first lanes go on from others of their line.
@@ -110,34 +135,62 @@ class Lanes:
         Args:
             parents: int64 [lanes, beams], from 0 to num_beams - 1.
         """
-        lanes = len(parents)
-        flat = (parents + np.arange(lanes)[:, None] * self.num_beams).ravel()
-        self._kv.cache.permute(self._sequences[:lanes].ravel(), flat)
-        rows = lanes * self.num_beams
-        self.num_counted[:rows] = self.num_counted[torch.from_numpy(flat).to(self.num_counted.device)]
+        self.replay(np.arange(len(parents)), parents, tail=0)
+        self._permute_counted(torch.from_numpy(parents).to(self.num_counted.device))
 
-    def begin_step(self, num_lanes: int) -> PagedStep:
-        """Make room for one token more of every row of the first lanes, and count it."""
+    def follow(self, parents: Tensor) -> None:
+        """`reorder` as far as the device goes: parents, int64 [lanes, beams], lie there."""
+        if self._parents is None:
+            self._parents = torch.empty((len(self.lengths), self.num_beams), dtype=torch.int64, device=parents.device)
+            self._forget_parents(slice(None))
+        self._parents[: len(parents)] = parents
+        self._permute_counted(parents)
+
+    def replay(self, lanes: np.ndarray, parents: np.ndarray, tail: int) -> None:
+        """`reorder` as far as the host goes, for some lanes.
+
+        Args:
+            lanes: int64 [lanes].
+            parents: of these, int64 [lanes, beams].
+            tail: steps that have begun since those parents were chosen, 0 or 1.
+        """
+        flat = (parents + np.arange(len(lanes))[:, None] * self.num_beams).ravel()
+        self._kv.cache.permute(self._sequences[lanes].ravel(), flat, tail)
+        if tail == 0:
+            self._forget_parents(lanes)
+
+    def begin_step(self, num_lanes: int, done: Tensor | None = None) -> PagedStep:
+        """Make room for one token more of every row of the first lanes, and count it.
+
+        Args:
+            done: bool [lanes], on the device: lines that have ended, which the host does not know yet; their rows are
+                of length 0.
+
+        Raises:
+            OutOfBlocks: too few blocks, and no more may or can be had; nothing has changed.
+        """
         cache, sequences = self._kv.cache, self._sequences[:num_lanes].ravel()
-        try:
-            slots = self._kv.reserve(sequences)
-        except OutOfBlocks:
-            if not self._may_grow:
-                raise
-            self._kv.grow(2 * cache.num_blocks + len(sequences))
-            slots = self._kv.reserve(sequences)
-        self.lengths[:num_lanes] += 1
+        self.find_blocks(len(sequences))
+        slots = self._kv.reserve(sequences)
+        self.lengths[:num_lanes] = np.minimum(self.lengths[:num_lanes] + 1, self._limits[:num_lanes])
         longest = int(self.lengths[:num_lanes].max())
-        if longest > self._num_columns * BLOCK_SIZE:
+        if longest >= self._num_columns * BLOCK_SIZE:  # a line that is done may have one token more
             self._num_columns = 2 * longest // BLOCK_SIZE
             self._buffers = StepBuffers(self._sequences.size, self._num_columns, self._kv.memory.device)
         buffers, rows = self._buffers, len(sequences)
         buffers.fill(cache, sequences, slots)
+        tables = buffers.block_tables[:rows]
+        if self._parents is not None:
+            tables = buffers.permute(self._flat(self._parents[:num_lanes]))
+        if done is not None:
+            done = done.repeat_interleave(self.num_beams, output_size=rows)
+            buffers.slot_mapping[:rows].masked_fill_(done, -1)
+            buffers.context_lens[:rows].masked_fill_(done, 0)
         return PagedStep(
             self._kv,
             buffers.slot_mapping[:rows],
             buffers.context_lens[:rows],
-            buffers.block_tables[:rows],
+            tables,
             longest,
             self.num_counted[:rows],
         )
@@ -145,6 +198,19 @@ class Lanes:
     def check_integrity(self) -> None:
         """Of the cache; after every step in tests."""
         self._kv.cache.check_integrity()
+
+    def _flat(self, parents: Tensor) -> Tensor:
+        """Rows instead of beams: parents int64 [lanes, beams] -> int64 [rows]."""
+        return (parents + self._first_rows[: len(parents)]).flatten()
+
+    def _permute_counted(self, parents: Tensor) -> None:
+        rows = self._flat(parents)
+        self.num_counted[: len(rows)] = self.num_counted[rows]
+
+    def _forget_parents(self, lanes: Any) -> None:
+        """Every beam goes on from itself."""
+        if self._parents is not None:
+            self._parents[lanes] = torch.arange(self.num_beams, device=self._parents.device)
 
     def _counted(self, lane: int) -> Tensor:
         return self.num_counted[lane * self.num_beams : (lane + 1) * self.num_beams]

@@ -1,9 +1,6 @@
 """Encoder, cross memory and decoder of one checkpoint, put together."""
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +26,12 @@ class Network:
         if cross_memory == "auto":
             cross_memory = choose_kind(config.decoder, config.encoder.num_tokens, weights[HEAD].device)
         self.cross_memory = cross_memory
+        self.num_parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())
         self.encoder = Encoder(config.encoder, weights)
         self.projection = (
-            (weights["enc_to_dec_proj.weight"], weights["enc_to_dec_proj.bias"]) if config.enc_to_dec_proj else None
+            (ops.packed(weights["enc_to_dec_proj.weight"]), weights["enc_to_dec_proj.bias"].contiguous())
+            if config.enc_to_dec_proj
+            else None
         )
         self.decoder = Decoder(config.decoder, weights)
 
@@ -45,12 +45,6 @@ class Network:
         """What the weights are held and the products computed in."""
         return self.decoder.embedding.dtype
 
-    def parameters(self) -> Iterator[Tensor]:
-        """All weights as they are held; a tied head comes twice."""
-        yield from _tensors(vars(self.encoder))
-        yield from _tensors(vars(self.decoder))
-        yield from self.projection or ()
-
     def slots(self, num_slots: int) -> CrossMemory:
         """Empty cross memory for so many pictures."""
         num_keys = self.encoder.config.num_tokens
@@ -61,15 +55,24 @@ class Network:
         """Pixels [batch, channels, H, W], as `Encoder` takes them -> what decoding looks at [batch, tokens, width]."""
         if table is not None:
             table = table.to(self.device)
-        states = self.encoder(pixels.to(self.device), table)
-        return states if self.projection is None else ops.linear(states, *self.projection)
+        return self.project(self.encoder(pixels.to(self.device), table))
+
+    def project(self, encoded: Tensor) -> Tensor:
+        """The encoder's output [batch, tokens, encoder width] -> what decoding looks at [batch, tokens, width]."""
+        return encoded if self.projection is None else ops.linear(encoded, *self.projection)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, table: Tensor | None = None) -> Lines:
         """The cross memory of pictures [batch, channels, H, W] that are decoded together, in their order."""
-        memory = self.slots(len(pixels))
-        memory.write(torch.arange(len(pixels), device=self.device), self.states(pixels, table))
-        return Lines(memory, len(pixels))
+        return self.lines(self.states(pixels, table))
+
+    @torch.inference_mode()
+    def lines(self, states: Tensor) -> Lines:
+        """The cross memory of `states`, with any number of tokens."""
+        num_lines, num_keys, _ = states.shape
+        memory = make_cross_memory(self.cross_memory, self.decoder.cross_weights, num_lines, num_keys)
+        memory.write(torch.arange(num_lines, device=self.device), states)
+        return Lines(memory, num_lines)
 
 
 class Model(Network):
@@ -93,16 +96,3 @@ class Model(Network):
         """
         config = CheckpointConfig.from_folder(folder)
         return cls(config, load_weights(folder, config, dtype, device), cross_memory)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of dictionaries, sequences and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in fields(value)])

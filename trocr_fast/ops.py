@@ -36,6 +36,7 @@ OPERATIONS = (
     "latent_cross_attention",
     "greedy_token",
 )
+PRODUCTS = ("linear", "linear_activation", "skinny_linear", "greedy_token")  # that take a `packed` weight
 FEW_ROWS = 16  # up to which a linear layer is `skinny_linear`
 
 # On a GPU these stay with PyTorch, until they are measured. A plain product has nothing to fuse. In fp32 Triton
@@ -70,6 +71,8 @@ _chosen = parse(os.environ.get("TROCR_FAST_OPS", ""))
 @contextmanager
 def use(text: str) -> Iterator[None]:
     """Choose backends, as TROCR_FAST_OPS does, for the time of a `with` block, in all threads.
+
+    Models that were loaded before keep their `packed` weights, and PyTorch for them.
 
     Raises:
         UsageError: see `parse`.
@@ -145,11 +148,28 @@ def pixels_to_patches(pixels: Tensor, table: Tensor, patch_size: tuple[int, int]
     return _of("pixels_to_patches", weight).pixels_to_patches(pixels, table, patch_size, weight.dtype)
 
 
+def packed(weight: Tensor) -> Tensor:
+    """A weight for `linear` and `greedy_token`, in the layout of their fastest implementation.
+
+    On a CPU in fp32 it is oneDNN's, in which products are 1.2 to 4 times as fast (docs/decisions.md) and which nothing
+    else can read; elsewhere, or where Triton is chosen for any such operation, the weight as it is.
+
+    Args:
+        weight: [out, in].
+    """
+    chosen = {backend(operation, weight.device, weight.dtype) for operation in PRODUCTS}
+    return torch_ops.packed(weight) if chosen == {"torch"} else weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """`activation(x @ weight.T + bias)`; x [..., in], weight [out, in], bias [out] -> [..., out].
 
+    The weight may be `packed`; the bias is then contiguous.
+
     Three operations to `backend`: `skinny_linear` of few rows, `linear_activation` and `linear` of more.
     """
+    if weight.is_mkldnn:
+        return torch_ops.linear(x, weight, bias, activation)
     if x.numel() <= FEW_ROWS * x.shape[-1]:
         return _of("skinny_linear", x).skinny_linear(x, weight, bias, activation)
     if activation is not None:
@@ -228,9 +248,9 @@ def greedy_token(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: [rows, width].
-        head: [vocab_size, width].
+        head: [vocab_size, width], maybe `packed`.
 
     Returns:
         int64 [rows] and fp32 [rows].
     """
-    return _of("greedy_token", x).greedy_token(x, head)
+    return (torch_ops if head.is_mkldnn else _of("greedy_token", x)).greedy_token(x, head)

@@ -30,6 +30,21 @@ class Swapped:
     host: Tensor  # [blocks, layers, 2, block_size, heads, head_dim], pinned if they came from a GPU
 
 
+def has_native(device: torch.device) -> bool:
+    """Whether csrc moves bytes there; else PyTorch's indexing does, as on a GPU with the build for CPUs."""
+    return device.type == "cpu" or _csrc.BUILD == "cuda"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: torch exports tensors of no other."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def stream_of(device: torch.device) -> int:
+    """The device's current stream as csrc takes it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class PagedKV:
     """Blocks of keys and values, and the sequences that hold them.
 
@@ -66,33 +81,18 @@ class PagedKV:
         self._bind(self._allocate(num_blocks, dtype, device))
         self._leaving: list[tuple[torch.cuda.Event, Tensor]] = []  # host memory that the GPU still reads or writes
 
-    @staticmethod
-    def _has_native(device: torch.device) -> bool:
-        """Whether csrc moves bytes there; else PyTorch's indexing does, as on a GPU with the build for CPUs."""
-        return device.type == "cpu" or _csrc.BUILD == "cuda"
-
     def _allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # Without csrc a padding slot is written, too: to a block of its own, behind all others.
-        padding = 0 if self._has_native(device) else 1
+        padding = 0 if has_native(device) else 1
         return torch.empty((num_blocks + padding, *self._block_shape), dtype=dtype, device=device)
 
     def _bind(self, memory: Tensor) -> None:
         self._padded = memory
         self.memory = memory[: self.cache.num_blocks]  # [blocks, layers, 2, block_size, heads, head_dim]
         self._native = None
-        if self._has_native(memory.device):
-            with self._on_device():
+        if has_native(memory.device):
+            with on_device(self._padded.device):
                 self._native = _csrc.KVMemory(self.memory)
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Makes the memory's GPU the current one: torch exports tensors of no other."""
-        device = self._padded.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-    @property
-    def _stream(self) -> int:
-        device = self.memory.device
-        return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
     def grow(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks, the present ones with their content among them.
@@ -136,8 +136,8 @@ class PagedKV:
         if self.memory.device.type == "cuda":  # from pinned memory, so that the host does not wait for the stream
             pairs = pairs.pin_memory().to(self.memory.device, non_blocking=True)
         if self._native:
-            with self._on_device():
-                self._native.copy_blocks(pairs, self._stream)
+            with on_device(self._padded.device):
+                self._native.copy_blocks(pairs, stream_of(self.memory.device))
         else:
             self.memory[pairs[:, 1].long()] = self.memory[pairs[:, 0].long()]
 
@@ -152,8 +152,8 @@ class PagedKV:
             ValueError: a wrong shape, dtype, stride or device, by name; on a CPU also a slot outside the memory.
         """
         if self._native:
-            with self._on_device():
-                self._native.write(layer, k, v, slot_mapping, self._stream)
+            with on_device(self._padded.device):
+                self._native.write(layer, k, v, slot_mapping, stream_of(self.memory.device))
             return
         block_size = self._block_shape[2]
         slots = torch.where(slot_mapping < 0, self.cache.num_blocks * block_size, slot_mapping)
@@ -173,8 +173,8 @@ class PagedKV:
             ValueError: as for `write`.
         """
         if self._native:
-            with self._on_device():
-                self._native.gather(layer, block_tables, context_lens, k, v, self._stream)
+            with on_device(self._padded.device):
+                self._native.gather(layer, block_tables, context_lens, k, v, stream_of(self.memory.device))
             return
         tokens = torch.arange(k.shape[2], device=k.device)
         beyond = tokens >= context_lens.unsqueeze(1)  # [rows, keys]
@@ -199,8 +199,8 @@ class PagedKV:
         host = torch.empty((num_blocks, *self._block_shape), dtype=self.memory.dtype, pin_memory=on_gpu)
         detached, blocks = self.cache.detach(sequences)
         if self._native:
-            with self._on_device():
-                self._native.swap_out(blocks, host, self._stream)
+            with on_device(self._padded.device):
+                self._native.swap_out(blocks, host, stream_of(self.memory.device))
             self._keep(host)
         else:
             host.copy_(self.memory[torch.from_numpy(blocks).long().to(self.memory.device)], non_blocking=True)
@@ -220,8 +220,8 @@ class PagedKV:
             )
         sequences, blocks = self.cache.attach(swapped.detached)
         if self._native:
-            with self._on_device():
-                self._native.swap_in(blocks, swapped.host, self._stream)
+            with on_device(self._padded.device):
+                self._native.swap_in(blocks, swapped.host, stream_of(self.memory.device))
             self._keep(swapped.host)
         else:
             target = torch.from_numpy(blocks).long().to(self.memory.device)
@@ -273,6 +273,7 @@ class StepBuffers:
             self._copied = [torch.cuda.Event() for _ in range(depth)]  # one that was never recorded has happened
         self._ring_views = [tuple(view.numpy() for view in self._views(buffer)) for buffer in self._ring]
         self._step = 0
+        self._permuted: Tensor | None = None  # int32 [rows, blocks]
 
     def _views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots int64 [rows], lengths int32 [rows] and tables int32 [rows, blocks], widest first to be aligned."""
@@ -299,3 +300,27 @@ class StepBuffers:
         if self._on_gpu:
             self._device_bytes.copy_(self._ring[place], non_blocking=True)
             self._copied[place].record(torch.cuda.current_stream(self._device_bytes.device))
+
+    def permute(self, parents: Tensor) -> Tensor:
+        """Block tables of the first rows, each its parent's but for the token that the step appends.
+
+        With blocks of one token.
+
+        Args:
+            parents: int64 [rows], on the device.
+
+        Returns:
+            int32 [rows, blocks]; the same memory at every call.
+        """
+        if self._permuted is None:
+            self._permuted = torch.zeros_like(self.block_tables)
+        rows = len(parents)
+        source, target = self.block_tables[:rows], self._permuted[:rows]
+        prefix = self.context_lens[:rows] - 1
+        if has_native(source.device):
+            with on_device(source.device):
+                _csrc.permute_tables(source, target, parents, prefix, stream_of(source.device))
+        else:
+            is_prefix = torch.arange(source.shape[1], device=source.device) < prefix.unsqueeze(1)
+            torch.where(is_prefix, source[parents], source, out=target)
+        return target

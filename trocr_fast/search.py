@@ -5,9 +5,12 @@ and which beam each beam goes on from.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cache, partial
+from numbers import Integral, Real
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from trocr_fast.lane_tensors import LaneTensors
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 FIRST_COLUMNS = 32  # tokens that there is room for at first
+NOT_FINITE = "expected finite scores from the model, got NaN or infinity; try dtype float32"
 DEAD = -1e9  # the score of a beam that is none, as in transformers
 
 
@@ -32,13 +36,58 @@ class Hypothesis:
     tokens: list[int]  # the start token first, the end token last if the line ended
     log_probs: list[float] = field(default_factory=list)  # one a generated token, under the unprocessed softmax
     ended: bool = False  # by an end token; else it was cut at the length limit
-    failed: bool = False  # its scores were not finite: the tokens mean nothing
+    error: str | None = None  # why the tokens mean nothing
     score: float | None = None  # of beam search: the sum of the processed scores over a power of their number
+
+    @property
+    def failed(self) -> bool:
+        """The tokens mean nothing."""
+        return self.error is not None
 
     @property
     def confidence(self) -> float:
         """exp(mean log-probability of the generated tokens, end token included), 0 to 1; 0 if there are none."""
         return math.exp(sum(self.log_probs) / len(self.log_probs)) if self.log_probs else 0.0
+
+
+def check(name: str, value: Any, kind: Any, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise ValueError, with the name, if a value is not of a kind or does not fit."""
+    if not isinstance(value, kind) or not fits(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+SAMPLING_RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "temperature": (Real, lambda x: 0 < x < math.inf, "a number above 0"),
+    "top_k": (Integral, lambda x: x >= 0, "an integer from 0"),
+    "top_p": (Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "min_p": (Real | None, lambda x: x is None or 0 <= x <= 1, "None or a number from 0 to 1"),
+    "typical_p": (Real, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    "epsilon_cutoff": (Real, lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "eta_cutoff": (Real, lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "seed": (Integral, lambda x: 0 <= x < 2**63, "an integer from 0 to below 2**63"),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from. Names and meaning are those of transformers' `GenerationConfig`.
+
+    Raises:
+        ValueError: a value out of its range, named.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 50  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    seed: int = 0  # with the line's own seed it decides every draw
+
+    def __post_init__(self) -> None:
+        for name, (kind, fits, expected) in SAMPLING_RANGES.items():
+            check(name, getattr(self, name), kind, fits, expected)
 
 
 @dataclass(frozen=True)
@@ -57,6 +106,7 @@ class SearchSettings:
     early_stopping: bool | str = False  # True, False or "never"
     num_return_sequences: int = 1
     processors: Sequence[Processor] = ()
+    sampling: Sampling | None = None  # None: the best token, or the best beams
 
     @classmethod
     def greedy(cls, generation: GenerationDefaults, max_length: int) -> "SearchSettings":
@@ -65,14 +115,19 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("num_beams", 1), ("num_return_sequences", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            check(name, getattr(self, name), Integral, partial(operator.le, least), f"at least {least}")
+        check("length_penalty", self.length_penalty, Real, math.isfinite, "a number")
         if self.num_return_sequences > self.num_beams:
             raise ValueError(
                 f"num_return_sequences: expected at most num_beams ({self.num_beams}), got {self.num_return_sequences}"
             )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping: expected True, False or "never", got {self.early_stopping!r}')
+        if self.sampling is not None and self.num_beams > 1:
+            raise ValueError(
+                f"num_beams: expected 1 where tokens are sampled, got {self.num_beams}; beam sampling is there in "
+                "`TrOCR.generate`, and in the `generate` of a model after `trocr_fast.accelerate`"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +141,7 @@ class Choice:
 class Search(Protocol):
     """Of the lines of a decode batch, by lane."""
 
+    RESULT: tuple[str, ...]  # the tensors of `lines` that hold what was found
     lines: LaneTensors  # "limit" is the length at which a line is cut; it may be set for each
 
     def tokens(self, num_lanes: int) -> Tensor:
@@ -101,30 +157,43 @@ class Search(Protocol):
         """
         ...
 
-    def result(self, lane: int) -> list[Hypothesis]:
-        """`num_return_sequences` hypotheses of a line that is done, the best first."""
+    def so_far(self, line: dict[str, Tensor]) -> list[int]:
+        """The tokens of a line, done or not, from its `lines`; of beams, those of the best running one."""
+        ...
+
+    def found(self, line: dict[str, Tensor]) -> list[Hypothesis]:
+        """`num_return_sequences` hypotheses of a line that is done, the best first, from its `RESULT`, on the host."""
         ...
 
 
 def make_search(settings: SearchSettings, num_lanes: int, device: torch.device) -> Search:
     """The search that the settings ask for, with room for so many lines."""
+    if settings.sampling is not None:
+        from trocr_fast.sampling import SampleSearch  # takes transformers with it, which is slow to import
+
+        return SampleSearch(settings, num_lanes, device)
     return (GreedySearch if settings.num_beams == 1 else BeamSearch)(settings, num_lanes, device)
 
 
 class GreedySearch:
     """The token of the best score, the first of equals."""
 
+    RESULT: tuple[str, ...] = ("tokens", "log_probs", "length")
+
     def __init__(self, settings: SearchSettings, num_lanes: int, device: torch.device) -> None:
         self._settings = settings
         self._end_tokens = torch.tensor(settings.end_tokens, dtype=torch.int64, device=device)
-        line = {
+        self.lines = LaneTensors(num_lanes, self._new_line(device), by_token=("tokens", "log_probs"))
+
+    def _new_line(self, device: torch.device) -> dict[str, Tensor]:
+        settings = self._settings
+        return {
             "tokens": torch.full((FIRST_COLUMNS,), settings.start_token, dtype=torch.int64, device=device),
             "log_probs": torch.zeros(FIRST_COLUMNS, device=device),  # of each token; of the start token 0
             "length": torch.ones((), dtype=torch.int64, device=device),
             "limit": torch.full((), settings.max_length, dtype=torch.int64, device=device),
             "done": torch.zeros((), dtype=torch.bool, device=device),
         }
-        self.lines = LaneTensors(num_lanes, line, by_token=("tokens", "log_probs"))
 
     def tokens(self, num_lanes: int) -> Tensor:
         last = self.lines["length"][:num_lanes].unsqueeze(1) - 1
@@ -132,33 +201,40 @@ class GreedySearch:
 
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
         lanes = len(lengths)
-        self.lines.make_room(int(lengths.max()) + 1)
+        self.lines.make_room(int(lengths.max()) + 2)  # a line that is done may be one token longer
         history, log_probs, length, limit, done = (
             self.lines[name][:lanes] for name in ("tokens", "log_probs", "length", "limit", "done")
         )
-        if self._settings.processors:
-            logits = decoder.logits(x).float()
-            best = process(self._settings.processors, history, logits, lengths).argmax(-1)
-            chosen = logits.log_softmax(-1).gather(1, best.unsqueeze(1)).squeeze(1)
-        else:
-            best, chosen = decoder.greedy_token(x)
+        token, log_prob = self._next_token(x, decoder, lengths)
         at = length.unsqueeze(1)
-        done_now = is_one_of(best, self._end_tokens) | (length + 1 >= limit) | ~chosen.isfinite()
+        done_now = is_one_of(token, self._end_tokens) | (length + 1 >= limit) | ~log_prob.isfinite()
         new = {
-            "tokens": history.scatter(1, at, best.unsqueeze(1)),
-            "log_probs": log_probs.scatter(1, at, chosen.unsqueeze(1)),
+            "tokens": history.scatter(1, at, token.unsqueeze(1)),
+            "log_probs": log_probs.scatter(1, at, log_prob.unsqueeze(1)),
             "length": length + 1,
             "done": done_now,
         }
         self.lines.update(new, alive=~done)
         return Choice(self.lines["done"][:lanes], None)
 
-    def result(self, lane: int) -> list[Hypothesis]:
-        length = int(self.lines["length"][lane])
-        tokens = self.lines["tokens"][lane, :length].tolist()
-        log_probs = self.lines["log_probs"][lane, 1:length].tolist()
-        ended = tokens[-1] in self._settings.end_tokens
-        return [Hypothesis(tokens, log_probs, ended, failed=not math.isfinite(log_probs[-1]))]
+    def _next_token(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Token, int64 [lanes], and its log-probability, fp32 [lanes]: not finite if the scores mean nothing."""
+        if not self._settings.processors:
+            return decoder.greedy_token(x)
+        logits = decoder.logits(x).float()
+        history = self.lines["tokens"][: len(lengths)]
+        best = process(self._settings.processors, history, logits, lengths).argmax(-1)
+        return best, logits.log_softmax(-1).gather(1, best.unsqueeze(1)).squeeze(1)
+
+    def so_far(self, line: dict[str, Tensor]) -> list[int]:
+        tokens: list[int] = line["tokens"][: int(line["length"])].tolist()
+        return tokens
+
+    def found(self, line: dict[str, Tensor]) -> list[Hypothesis]:
+        length = int(line["length"])
+        tokens, log_probs = line["tokens"][:length].tolist(), line["log_probs"][1:length].tolist()
+        error = None if math.isfinite(log_probs[-1]) else NOT_FINITE
+        return [Hypothesis(tokens, log_probs, tokens[-1] in self._settings.end_tokens, error)]
 
 
 class BeamSearch:
@@ -166,6 +242,8 @@ class BeamSearch:
 
     There the batch goes on until all of its lines are done, and a line that is done changes no more; so it can leave.
     """
+
+    RESULT: tuple[str, ...] = ("finished_tokens", "finished_log_probs", "finished_lengths", "finished_scores")
 
     def __init__(self, settings: SearchSettings, num_lanes: int, device: torch.device) -> None:
         self._settings = settings
@@ -200,7 +278,7 @@ class BeamSearch:
 
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
         settings, beams, lanes = self._settings, self._settings.num_beams, len(lengths)
-        self.lines.make_room(int(lengths.max()) + 1)
+        self.lines.make_room(int(lengths.max()) + 2)  # a line that is done may be one token longer
         names = ("tokens", "log_probs", "scores", "length", "limit", "open", "done")
         old = {name: self.lines[name][:lanes] for name in names}
         length, limit = old["length"].unsqueeze(1), old["limit"].unsqueeze(1)  # [lanes, 1]
@@ -266,16 +344,42 @@ class BeamSearch:
         """length ** length_penalty, in fp64 and then rounded, as of a Python number; length int64 [lanes, 1]."""
         return (length.double() ** self._settings.length_penalty).float()
 
-    def result(self, lane: int) -> list[Hypothesis]:
-        found = []
+    def so_far(self, line: dict[str, Tensor]) -> list[int]:
+        tokens: list[int] = line["tokens"][0, : int(line["length"])].tolist()
+        return tokens
+
+    def found(self, line: dict[str, Tensor]) -> list[Hypothesis]:
+        hypotheses = []
         for beam in range(self._settings.num_return_sequences):
-            length = int(self.lines["finished_lengths"][lane, beam])
-            tokens = self.lines["finished_tokens"][lane, beam, :length].tolist()
-            log_probs = self.lines["finished_log_probs"][lane, beam, 1:length].tolist()
-            score = float(self.lines["finished_scores"][lane, beam])
+            length = int(line["finished_lengths"][beam])
+            tokens = line["finished_tokens"][beam, :length].tolist()
+            log_probs = line["finished_log_probs"][beam, 1:length].tolist()
+            score = float(line["finished_scores"][beam])
             ended = tokens[-1] in self._settings.end_tokens and length > 1
-            found.append(Hypothesis(tokens, log_probs, ended, failed=math.isnan(score), score=score))
-        return found
+            error = NOT_FINITE if math.isnan(score) else None
+            hypotheses.append(Hypothesis(tokens, log_probs, ended, error, score))
+        return hypotheses
+
+
+def make_processors(repetition_penalty: float, no_repeat_ngram_size: int) -> tuple[Processor, ...]:
+    """transformers' own, in its order; equal for equal values, so that settings can be compared.
+
+    Raises:
+        ValueError: a value out of its range, named.
+    """
+    check("repetition_penalty", repetition_penalty, Real, lambda x: 0 < x < math.inf, "a number above 0")
+    check("no_repeat_ngram_size", no_repeat_ngram_size, Integral, lambda x: x >= 0, "an integer from 0")
+    penalty = () if repetition_penalty == 1 else (_processor("RepetitionPenalty", float(repetition_penalty)),)
+    no_repeat = () if no_repeat_ngram_size == 0 else (_processor("NoRepeatNGram", int(no_repeat_ngram_size)),)
+    return penalty + no_repeat
+
+
+@cache
+def _processor(name: str, value: float) -> Processor:
+    from transformers.generation import logits_process  # slow to import
+
+    processor: Processor = getattr(logits_process, f"{name}LogitsProcessor")(value)
+    return processor
 
 
 def process(processors: Sequence[Processor], history: Tensor, scores: Tensor, lengths: np.ndarray) -> Tensor:
@@ -288,10 +392,13 @@ def process(processors: Sequence[Processor], history: Tensor, scores: Tensor, le
     """
     if not processors:
         return scores
-    out = scores.clone()
-    for length in np.unique(lengths):
-        rows = torch.from_numpy(np.flatnonzero(lengths == length)).to(scores.device)
-        tokens, some = history[rows, : int(length)], scores[rows]
+    out = scores.clone()  # which processors may write to
+    groups = np.unique(lengths)
+    for length in groups:
+        rows: Tensor | slice = slice(None)
+        if len(groups) > 1:
+            rows = torch.from_numpy(np.flatnonzero(lengths == length)).to(scores.device)
+        tokens, some = history[rows, : int(length)], out[rows]
         for processor in processors:
             some = processor(tokens, some)
         out[rows] = some

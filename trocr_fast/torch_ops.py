@@ -16,6 +16,17 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
+# The same at the end of oneDNN's product: attribute, its numbers, its algorithm.
+FUSED: dict[str | None, tuple[str, list[float], str]] = {
+    None: ("none", [], "none"),
+    "gelu": ("gelu", [], "none"),
+    "gelu_new": ("gelu", [], "tanh"),
+    "relu": ("relu", [], "none"),
+    "silu": ("swish", [], "none"),
+}
+PACKING = ("_reorder_linear_weight", "_linear_pointwise")
+PACKED_FOR_ROWS = 64  # of a product; any number above a few gives the same layout
+
 
 def normalise_pixels(pixels: Tensor, table: Tensor) -> Tensor:
     offsets = torch.arange(table.shape[0], device=pixels.device, dtype=torch.int32) * 256
@@ -36,7 +47,19 @@ def pixels_to_patches(pixels: Tensor, table: Tensor, patch_size: tuple[int, int]
     return cut_patches(normalise_pixels(pixels, table).to(dtype), patch_size)
 
 
+def packed(weight: Tensor) -> Tensor:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return weight
+    # What torch.compile uses; not promised to stay.
+    if not all(hasattr(torch.ops.mkldnn, name) for name in PACKING):
+        return weight
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+    return out
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *FUSED[activation])
     out = F.linear(x, weight, bias)
     return out if activation is None else ACTIVATIONS[activation](out)
 
@@ -92,6 +115,6 @@ def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight
 
 
 def greedy_token(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    logits = F.linear(x, head).float()
+    logits = linear(x, head, None, None).float()
     best = logits.argmax(-1)
     return best, logits.gather(1, best.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)

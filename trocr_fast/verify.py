@@ -79,7 +79,7 @@ class Reference:
         logging.disable_progress_bar()
         try:
             self.model: Any = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32)
-            self.tokenizer = _load_tokenizer(folder)
+            self.tokenizer = load_tokenizer(folder)
         except Exception as error:
             raise CheckpointError(
                 f"{folder}: expected a checkpoint that transformers loads too, to compare with; it raised "
@@ -98,9 +98,9 @@ class Reference:
         length = {"max_new_tokens": max_length - 1}
         return self.model.generate(pixel_values.to(self.model.dtype), **length, **self._neutral, **more)
 
-    def tokens(self, pixel_values: Tensor, max_length: int) -> list[list[int]]:
+    def tokens(self, pixel_values: Tensor, max_length: int, **more: Any) -> list[list[int]]:
         """Token ids of each row, from the start token to its end token; what fills the row up is cut off."""
-        return [self._cut(row) for row in self.generate(pixel_values, max_length).tolist()]
+        return [self._cut(row) for row in self.generate(pixel_values, max_length, **more).tolist()]
 
     def texts(self, rows: list[list[int]]) -> list[str]:
         """As the checkpoint's processor decodes them."""
@@ -123,7 +123,7 @@ class Reference:
         return row
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer as transformers has it.
 
     Where there is no tokenizer.json (all published TrOCR checkpoints), it is made by the class that its settings

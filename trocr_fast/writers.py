@@ -1,14 +1,15 @@
 r"""Result rows → text, jsonl, csv and tsv, in input order, each row written by one call.
 
     text    path<TAB>text, escaped; an error row is no data: path<TAB>error: message goes to the error stream
-    jsonl   one object a row: path, text, confidence, token_ids, truncated, or path, error
+    jsonl   one object a row: path, text, confidence, token_ids, truncated (and token_log_probs, if the line has them),
+            or path, error
     csv     RFC 4180 with a header: path, text, confidence, truncated, error; a newline in a text is quoted
     tsv     the columns of csv, escaped like text
 
 Escaped: tab, newline, carriage return and backslash as \t \n \r \\, and a byte of a path that is not UTF-8 as
 \xNN; `unescape` gives back the string. JSON has its own escape for such a byte, \udcNN: `json.loads` gives
 back the path, os.fsencode its bytes. CSV has none: there the byte shows as \xNN, and a name that holds these
-four characters looks the same. Confidence is rounded to six decimals.
+four characters looks the same. Confidence and log-probabilities are rounded to six decimals.
 
 Streams are text streams in UTF-8, opened with newline="".
 """
@@ -103,6 +104,8 @@ class JsonlWriter(Writer):
                 "token_ids": line.token_ids,
                 "truncated": line.truncated,
             }
+            if line.token_log_probs is not None:
+                row["token_log_probs"] = [_rounded(log_prob) for log_prob in line.token_log_probs]
         # A lone surrogate stands in the JSON as itself; written as its escape it is ASCII and means the same.
         self._stream.write(json.dumps(row, ensure_ascii=False).translate(_SURROGATES) + "\n")
 
@@ -148,9 +151,9 @@ def open_writer(format: str, stream: TextIO, *, errors: TextIO | None = None, he
     return FORMATS[format](stream, sys.stderr if errors is None else errors, header)
 
 
-def _rounded(confidence: float | None) -> float | None:
+def _rounded(number: float | None) -> float | None:
     """Six decimals; what is no number (a NaN) is null, since JSON has no word for it."""
-    return round(confidence, 6) if confidence is not None and math.isfinite(confidence) else None
+    return round(number, 6) if number is not None and math.isfinite(number) else None
 
 
 def _is_live(stream: TextIO) -> bool:

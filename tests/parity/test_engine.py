@@ -1,5 +1,6 @@
 """Lines that join and leave a small decode batch give the tokens of transformers, which decodes them all together."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -10,8 +11,10 @@ from transformers import VisionEncoderDecoderModel
 
 from tests.parity.models import MAX_LENGTH, NUM_PICTURES, Case, cut, lively_reference
 from trocr_fast.config import Architecture
+from trocr_fast.cross_memory import KVMemory
 from trocr_fast.engine import Engine
 from trocr_fast.model import Network
+from trocr_fast.paged_cache import PagedKV
 from trocr_fast.search import Hypothesis, SearchSettings
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -51,7 +54,7 @@ def settings_of(name: str, **search: Any) -> SearchSettings:
 
 def assert_holds_nothing(engine: Engine) -> None:
     assert engine.is_idle and engine.lanes._kv.cache.num_free == engine.lanes.num_blocks
-    held = (engine._pixels, engine._states, engine._limits, engine._swapped, engine._lane_of)
+    held = (engine._pixels, engine._states, engine._own, engine._swapped, engine._lane_of)
     assert not any(held), held
 
 
@@ -78,10 +81,13 @@ def test_tokens_and_scores_equal_transformers(name: str, search: dict[str, Any],
     assert len({tuple(row) for row in rows}) > len(rows) / 2 or penalty <= 0  # then the shortest is best
     assert len({len(row) for row in rows}) > 3 or penalty != 1
     num_swaps = 0
-    for kind, lanes, encode_batch, num_blocks in (
-        ("kv", 7, 7, None),
-        ("latent", 5, 2, 5 * settings.num_beams * MAX_LENGTH // 3),
-        ("kv", 1, 1, settings.num_beams * MAX_LENGTH),
+    few_blocks = 5 * settings.num_beams * MAX_LENGTH // 3
+    for kind, lanes, encode_batch, num_blocks, late in (
+        ("kv", 7, 7, None, False),
+        ("kv", 6, 2, None, True),  # as on a GPU
+        ("latent", 5, 2, few_blocks, False),
+        ("latent", 5, 3, few_blocks, True),
+        ("kv", 1, 1, (settings.num_beams + 1) * MAX_LENGTH, True),
     ):
         engine = Engine(
             network(name, device, kind),
@@ -90,6 +96,7 @@ def test_tokens_and_scores_equal_transformers(name: str, search: dict[str, Any],
             encode_batch,
             count_pads=CASES[name].use_cache,
             num_blocks=num_blocks,
+            late=late,
         )
         some = pixels if lanes > 1 else pixels[:5]
         found = [hypothesis for found in run(engine, some.to(device)) for hypothesis in found]
@@ -107,8 +114,9 @@ def test_a_line_does_not_depend_on_its_neighbours_nor_on_when_it_comes(search: d
     net, settings = network("A"), settings_of("A", **search)
     alone = [run(Engine(net, settings, 1), picture.unsqueeze(0))[0] for picture in pixels]
     order = torch.randperm(NUM_PICTURES, generator=torch.Generator().manual_seed(3))
-    for lanes, num_blocks in ((3, None), (NUM_PICTURES, None), (6, 6 * settings.num_beams * 9)):
-        engine = Engine(net, settings, lanes, num_blocks=num_blocks)
+    few_blocks = 6 * settings.num_beams * 9
+    for lanes, num_blocks, late in ((3, None, True), (NUM_PICTURES, None, False), (6, few_blocks, True)):
+        engine = Engine(net, settings, lanes, num_blocks=num_blocks, late=late)
         for row, found in zip(order.tolist(), run(engine, pixels[order]), strict=True):
             assert [one.tokens for one in found] == [one.tokens for one in alone[row]]
             assert [one.confidence for one in found] == pytest.approx([one.confidence for one in alone[row]], 1e-5)
@@ -126,6 +134,25 @@ def test_confidence_is_the_mean_log_probability_under_the_plain_softmax(search: 
         log_probs = logits.log_softmax(-1)[0].gather(1, tokens[0, 1:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(found.log_probs), log_probs, rtol=1e-4, atol=1e-4)
         assert found.confidence == pytest.approx(log_probs.mean().exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_a_line_takes_as_many_steps_as_with_transformers(search: dict[str, Any]) -> None:
+    """One whose running beams can't win any more leaves, though they have not ended."""
+    model, pixels = reference("A")
+    steps: list[int] = []
+    with model.decoder.register_forward_hook(lambda *_: steps.append(1)):
+        for picture in pixels[:10]:
+            engine = Engine(network("A"), settings_of("A", **search), 1)
+            engine.add(picture)
+            model.generate(picture.unsqueeze(0), max_length=MAX_LENGTH, **search)
+            expected = len(steps)
+            steps.clear()
+            engine.step()  # encodes
+            while not engine.is_idle:
+                engine.step()
+                expected -= 1
+            assert expected == 0
 
 
 def test_results_come_in_order_and_pictures_are_taken_as_they_are_needed() -> None:
@@ -163,9 +190,9 @@ def test_a_long_line_holds_up_results_but_not_the_batch() -> None:
     busy = []
     step = engine._decode
 
-    def counted(num_lanes: int) -> list[int]:
-        busy.append(num_lanes)
-        return step(num_lanes)
+    def counted(batch: tuple[int, ...]) -> None:
+        busy.append(len(batch))
+        step(batch)
 
     engine._decode = counted
     found = list(engine.decode([pixels[long], *[pixels[short]] * 60]))
@@ -173,17 +200,18 @@ def test_a_long_line_holds_up_results_but_not_the_batch() -> None:
     assert min(busy[2 : len(expected[long][0].tokens) - 2]) > 1  # it is never alone
 
 
-def test_a_cancelled_line_leaves_at_once_and_nobody_else_notices() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_cancelled_line_leaves_at_once_and_nobody_else_notices(late: bool) -> None:
     _, pixels = reference("A")
     net, settings = network("A"), settings_of("A", num_beams=3)
     expected = run(Engine(net, settings, 40), pixels[:12])
     for cancel_at in range(0, 30, 3):
-        engine = Engine(net, settings, 3, 2, num_blocks=3 * 3 * 9)
+        engine = Engine(net, settings, 3, 2, num_blocks=3 * 3 * 9, late=late)
         lines = [engine.add(picture) for picture in pixels[:12]]
         cancelled, found, step = [], {}, 0
         while not engine.is_idle:
             if step >= cancel_at and len(cancelled) < 3:
-                line = next(line for line in lines[step % 5 :] if line not in found and line not in cancelled)
+                line = next(line for line in lines[step % 5 :] if line in engine)
                 engine.cancel(line)
                 cancelled.append(line)
                 engine.check_integrity()
@@ -196,10 +224,11 @@ def test_a_cancelled_line_leaves_at_once_and_nobody_else_notices() -> None:
         engine.cancel(3)
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("search", [{}, {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0}], ids=str)
-def test_each_line_may_have_its_own_limit(search: dict[str, Any]) -> None:
+def test_each_line_may_have_its_own_limit(search: dict[str, Any], late: bool) -> None:
     model, pixels = reference("A")
-    engine = Engine(network("A"), settings_of("A", **search), 5)
+    engine = Engine(network("A"), settings_of("A", **search), 5, late=late)
     limits = {engine.add(picture, max_length=2 + row % 13): row for row, picture in enumerate(pixels[:26])}
     found = {}
     while not engine.is_idle:
@@ -209,6 +238,33 @@ def test_each_line_may_have_its_own_limit(search: dict[str, Any]) -> None:
         assert found[line][0].tokens == tokens
     with pytest.raises(ValueError, match="max_length: expected at least 2, got 1"):
         engine.add(pixels[0], max_length=1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_lines_may_end_where_the_position_table_does(late: bool) -> None:
+    _, pixels = reference("A")
+    net, settings = network("A"), settings_of("A")
+    expected = [found.tokens for (found,) in run(Engine(net, settings, 8), pixels)]
+    ended = [row for row, tokens in enumerate(expected) if tokens[-1] in settings.end_tokens]
+    longest = max(len(expected[row]) for row in ended)
+    assert longest > 5
+    assert net.decoder._learned is not None
+    net.decoder._learned = net.decoder._learned[
+        : longest - 1 + 2
+    ]  # the last token is not fed
+    some = [row for row in range(NUM_PICTURES) if len(expected[row]) <= longest]
+    found = run(Engine(net, settings, 4, late=late), pixels[some])
+    assert [one.tokens for (one,) in found] == [expected[row] for row in some]
+    with pytest.raises(ValueError, match=f"expected rows of at most {longest - 1} tokens"):
+        run(Engine(net, dataclasses.replace(settings, end_tokens=()), 4, late=late), pixels)
+
+
+def test_a_row_that_has_ended_stays_in_the_table_of_sinusoids() -> None:
+    _, pixels = reference("B")
+    settings = SearchSettings(CASES["B"].start, (), max_length=63)  # two tables of 64 rows are nearly full
+    rows = [run(Engine(network("B"), settings, 4, count_pads=False, late=late), pixels[:4]) for late in (False, True)]
+    assert [one.tokens for (one,) in rows[0]] == [one.tokens for (one,) in rows[1]]
+    assert {len(one.tokens) for (one,) in rows[0]} == {63}
 
 
 @pytest.mark.parametrize("device_memory", [True, False])
@@ -245,5 +301,52 @@ def test_what_cannot_be_decoded_is_refused_before_anything_is_done() -> None:
     with pytest.raises(ValueError, match=r"pixels: expected uint8 \[3, 16, 16\], got torch.float32"):
         Engine(net, settings, 2, table=torch.zeros(3, 256)).add(pixels[0])
     assert_holds_nothing(engine)
-    with pytest.raises(ValueError, match="free_blocks: expected at least 1 for the next step of line 0, got 0"):
-        run(Engine(net, settings, 2, num_blocks=3), pixels[:2])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_line_without_enough_blocks_even_alone_ends_with_an_error_and_no_other(late: bool) -> None:
+    _, pixels = reference("A")
+    net, settings = network("A"), settings_of("A")
+    expected = [found for (found,) in run(Engine(net, settings, 4), pixels)]
+    lengths = sorted(len(one.tokens) for one in expected)
+    engine = Engine(net, settings, 4, num_blocks=lengths[-1] - 2, late=late)
+    found = [one for (one,) in run(engine, pixels)]
+    failed = [one.error for one in found if one.failed]
+    assert 0 < len(failed) == sum(len(one.tokens) > lengths[-1] - 1 for one in expected)
+    assert all("free_blocks: expected at least" in error for error in failed)
+    assert all(one.failed or one.tokens == other.tokens for one, other in zip(found, expected, strict=True))
+
+
+def test_too_little_memory_makes_batches_smaller_and_fails_no_picture_but_what_does_not_fit_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, pixels = reference("A")
+    net, settings = network("A"), settings_of("A", num_beams=2)
+    expected = run(Engine(net, settings, 8), pixels)
+    states, write, bad = net.states, KVMemory.write, 5
+
+    def states_of_few(some: Tensor, table: Tensor | None) -> Tensor:
+        if len(some) > 3 or any(torch.equal(one, pixels[bad]) for one in some):
+            raise torch.OutOfMemoryError("of the device")
+        return states(some, table)
+
+    def write_few(memory: KVMemory, slots: Tensor, some: Tensor) -> None:
+        if len(slots) > 2:
+            raise torch.OutOfMemoryError("of the device")
+        write(memory, slots, some)
+
+    def grow(*_: object) -> None:  # with the words of a CPU
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+
+    monkeypatch.setattr(net, "states", states_of_few)
+    monkeypatch.setattr(KVMemory, "write", write_few)
+    monkeypatch.setattr(PagedKV, "grow", grow)
+    monkeypatch.setattr("trocr_fast.lanes.FIRST_TOKENS", 6)
+    engine = Engine(net, settings, 8)
+    found = run(engine, pixels)
+    assert engine.num_swaps > 0
+    for row, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if row == bad:
+            assert one[0].error is not None and "too little memory to encode one picture" in one[0].error
+        else:
+            assert one[0].tokens == other[0].tokens
