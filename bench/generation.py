@@ -215,10 +215,10 @@ class TimedEngine(Engine):
     def _encode(self, *arguments: Any) -> Any:
         return self._timed("encode", super()._encode, arguments)
 
-    def _decode(self, num_lanes: int, *more: Any) -> Any:
-        self.num_steps += num_lanes > 0
-        self.num_lines_fed += num_lanes
-        return self._timed("decode", super()._decode, (num_lanes, *more))
+    def _decode(self, batch: tuple[int, ...]) -> None:
+        self.num_steps += bool(batch)
+        self.num_lines_fed += len(batch)
+        self._timed("decode", super()._decode, (batch,))
 
 
 @dataclass
