@@ -96,7 +96,7 @@ def test_a_checkpoint_that_ships_without_cache_is_also_run_with_one(
 
 
 def test_wrong_tokens_show(ocr: TrOCR, reference: Reference, pixels: list[np.ndarray]) -> None:
-    ocr.model.decoder.layers[0].cross_out[0].neg_()
+    ocr.model.decoder.layers[0].cross_norm[0].neg_()
     found = shares(measure(ocr, reference, pixels, batch_size=4, repeats=1))
     assert found[OURS] < 1 and found[SHIPPED] == 1
 

@@ -28,7 +28,7 @@ def test_equal_rows_and_unreadable_ones(reference: Reference) -> None:
 
 def test_a_wrong_weight_is_found(reference: Reference) -> None:
     ocr = TrOCR.from_pretrained(device="cpu")
-    weight = ocr.model.decoder.layers[0].cross_out[0]
+    weight = ocr.model.decoder.layers[0].cross_norm[0]
     weight.neg_()  # a mistake in one layer
     checks = list(verify(ocr, reference, SAMPLES, batch_size=4))
     different = [check for check in checks if not check.equal]
