@@ -249,9 +249,7 @@ def test_lines_may_end_where_the_position_table_does(late: bool) -> None:
     longest = max(len(expected[row]) for row in ended)
     assert longest > 5
     assert net.decoder._learned is not None
-    net.decoder._learned = net.decoder._learned[
-        : longest - 1 + 2
-    ]  # the last token is not fed
+    net.decoder._learned = net.decoder._learned[: longest - 1 + 2]  # the last token is not fed
     some = [row for row in range(NUM_PICTURES) if len(expected[row]) <= longest]
     found = run(Engine(net, settings, 4, late=late), pixels[some])
     assert [one.tokens for (one,) in found] == [expected[row] for row in some]
