@@ -23,7 +23,7 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ["csrc", "kernels", "pyproject.toml", "setup.py", "tests", "trocr_fast"]
+COPIED = ["csrc", "examples", "kernels", "pyproject.toml", "setup.py", "tests", "trocr_fast"]
 SOURCES = ["block_allocator", "paged_cache", "kv_memory_cpu", "kv_memory_no_cuda", "bindings"]
 EXTENSION = f"trocr_fast/_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
 LIMIT_S = 300  # of one run of the tests
