@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import pytest
 
 from trocr_fast import Line, PictureError, TrOCR, async_engine
-from trocr_fast.async_engine import MAX_ENGINES, AsyncEngine, Places
+from trocr_fast.async_engine import MAX_ENGINES, AsyncEngine
 from trocr_fast.engine import Engine
 from trocr_fast.errors import UsageError
+from trocr_fast.places import Places
 from trocr_fast.search import SearchSettings
 
 ROOT = Path(__file__).parent.parent

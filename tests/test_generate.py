@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, VisionEncoderDecoderModel
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from tests.drop_in.calls import Collect
 from tests.parity.models import Case, build, lively_reference, pictures, save
 from trocr_fast import CheckpointError, TrOCR, accelerate
 from trocr_fast.checkpoint import BUILTIN
@@ -137,17 +137,6 @@ def test_output_classes_equal_transformers(three: Any, name: str) -> None:
         for out, indices in zip((found, expected), beams, strict=True)
     ]
     torch.testing.assert_close(*transitions, **close)
-
-
-class Collect(BaseStreamer):
-    def __init__(self) -> None:
-        self.got: list[Any] = []
-
-    def put(self, value: Tensor) -> None:
-        self.got.append(value.tolist())
-
-    def end(self) -> None:
-        self.got.append("end")
 
 
 def test_streamer(three: Any) -> None:

@@ -9,7 +9,6 @@ alone share an engine. Engines take turns, a step each.
 import asyncio
 import os
 import weakref
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -28,13 +27,13 @@ from trocr_fast.engine import Engine
 from trocr_fast.errors import PictureError, UsageError
 from trocr_fast.images import Picture
 from trocr_fast.line import Line
+from trocr_fast.places import CLOSED, Places
 from trocr_fast.search import SearchSettings
 
 if TYPE_CHECKING:
     from trocr_fast.trocr import TrOCR
 
 MAX_ENGINES = 4  # each holds memory for a whole batch; other searches wait for one of them to run empty
-CLOSED = "expected an open engine, got one that is closed, or that was made before this process was forked"
 
 OnText = Callable[[str], object]
 Message = tuple[Callable[..., None], tuple[Any, ...]] | None  # what the worker is to call; None: to end
@@ -435,58 +434,6 @@ class AsyncEngine:
                 request.line = None
                 self._end(request, outcome)
         self._groups.clear()
-
-
-class Places:
-    """A semaphore that a thread or an event loop can wait for, first come, first served."""
-
-    def __init__(self, number: int) -> None:
-        self._free = number  # negative where some were taken at once
-        self._queue: deque[Future[None]] = deque()
-        self._lock, self._closed = Lock(), False
-
-    def take(self) -> Future[None]:
-        """Ends when there is a place, and it is taken; with RuntimeError if there will be none."""
-        place: Future[None] = Future()
-        with self._lock:
-            if self._closed:
-                place.set_exception(RuntimeError(CLOSED))
-            else:
-                self._queue.append(place)
-                self._hand_out()
-        return place
-
-    def take_at_once(self) -> None:
-        """One more than there are, if need be."""
-        with self._lock:
-            self._free -= 1
-
-    def give(self) -> None:
-        """A place that was taken is free again."""
-        with self._lock:
-            self._free += 1
-            self._hand_out()
-
-    def give_up(self, place: Future[None]) -> None:
-        """Wait no longer; or give it back, had it come."""
-        if not place.cancel() and place.exception() is None:
-            self.give()
-
-    def close(self) -> None:
-        """Let nobody wait any longer."""
-        with self._lock:
-            self._closed = True
-            for place in self._queue:
-                if place.set_running_or_notify_cancel():
-                    place.set_exception(RuntimeError(CLOSED))
-            self._queue.clear()
-
-    def _hand_out(self) -> None:
-        while self._free > 0 and self._queue:
-            place = self._queue.popleft()
-            if place.set_running_or_notify_cancel():
-                self._free -= 1
-                place.set_result(None)
 
 
 def _text_of(line: Line) -> str:

@@ -102,8 +102,7 @@ class Lanes:
         """An empty line in a lane, to be fed so many tokens at most."""
         self._sequences[lane] = [self._kv.cache.add() for _ in range(self.num_beams)]
         self.lengths[lane], self._limits[lane] = 0, max_tokens
-        self._counted(lane).zero_()
-        self._forget_parents([lane])
+        self._counted(lane).zero_()  # the parents of who was here before find nothing to permute
 
     def release(self, lane: int) -> None:
         """Forget the line in a lane."""
@@ -127,7 +126,7 @@ class Lanes:
         self._sequences[lane] = self._kv.swap_in(swapped.blocks)
         self.lengths[lane], self._limits[lane] = swapped.length, swapped.limit
         self._counted(lane).copy_(swapped.num_counted)
-        self._forget_parents([lane])
+        self._forget_parents(lane)
 
     def reorder(self, parents: np.ndarray) -> None:
         """Let the beams of the first lanes go on from others of their line.

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from trocr_fast import cross_memory as memories
-from trocr_fast.async_engine import CLOSED, AsyncEngine, OnText
+from trocr_fast.async_engine import AsyncEngine, OnText
 from trocr_fast.checkpoint import resolve_checkpoint
 from trocr_fast.engine import Engine
 from trocr_fast.errors import CheckpointError, PictureError, UsageError
@@ -25,6 +25,7 @@ from trocr_fast.image_config import ImageConfig
 from trocr_fast.images import DEFAULT_FORMATS, DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
 from trocr_fast.line import Line
 from trocr_fast.model import Model
+from trocr_fast.places import CLOSED
 from trocr_fast.search import Hypothesis, Sampling, SearchSettings, make_processors
 from trocr_fast.text import TextDecoder
 

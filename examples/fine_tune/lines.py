@@ -1,5 +1,6 @@
 """Line pictures and their texts as transformers trains on them; shared by native.py and trainer.py."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -75,3 +76,16 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """What is typed, of both scripts."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("train", help="a folder of pictures with NAME.gt.txt beside each, or a labels.csv")
+    parser.add_argument("held_out", help="the same, of lines that are not trained on")
+    parser.add_argument("out", help="the folder for the new checkpoint")
+    parser.add_argument("--model", help="checkpoint folder or hub id; by default the built-in model")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    return parser.parse_args()

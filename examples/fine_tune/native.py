@@ -5,11 +5,9 @@
 After each epoch the engine reads the held-out lines with the weights as they then are.
 """
 
-import argparse
-
 import jiwer
 import torch
-from lines import Lines, collate, load
+from lines import Lines, arguments, collate, load
 from torch.utils.data import DataLoader
 from transformers import TrOCRProcessor, VisionEncoderDecoderModel
 
@@ -49,15 +47,7 @@ def train_epoch(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("train", help="a folder of pictures with NAME.gt.txt beside each, or a labels.csv")
-    parser.add_argument("held_out", help="the same, of lines that are not trained on")
-    parser.add_argument("out", help="the folder for the new checkpoint")
-    parser.add_argument("--model", help="checkpoint folder or hub id; by default the built-in model")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    args = parser.parse_args()
+    args = arguments(__doc__)
 
     torch.manual_seed(0)
     processor, model = load(args.model)

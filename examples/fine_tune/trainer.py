@@ -5,27 +5,18 @@
 `predict_with_generate` calls `model.generate`, which `accelerate` lets run on the engine: nothing else changes.
 """
 
-import argparse
 import tempfile
 
 import jiwer
 import numpy as np
-from lines import IGNORED, Lines, collate, load
+from lines import IGNORED, Lines, arguments, collate, load
 from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from trocr_fast import accelerate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("train", help="a folder of pictures with NAME.gt.txt beside each, or a labels.csv")
-    parser.add_argument("held_out", help="the same, of lines that are not trained on")
-    parser.add_argument("out", help="the folder for the new checkpoint")
-    parser.add_argument("--model", help="checkpoint folder or hub id; by default the built-in model")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    args = parser.parse_args()
+    args = arguments(__doc__)
 
     processor, model = load(args.model)
     max_tokens = model.config.decoder.max_position_embeddings
