@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,12 +29,31 @@ class _Layer:
     final_norm: tuple[Tensor, Tensor]
 
 
+class Positions(Protocol):
+    """What is added to a token's embedding for its place in its row."""
+
+    limit: int | None  # tokens of a row that can be fed
+
+    def __call__(self, tokens: Tensor, step: PagedStep) -> Tensor:
+        """Of tokens, int64 [rows], fed at a step of these rows: [rows, width]."""
+        ...
+
+
+def check_length(longest: int, positions: Positions) -> None:
+    """Raise ValueError if the longest row of a step, the new token counted, is longer than the position table."""
+    if positions.limit is not None and longest > positions.limit:
+        raise ValueError(
+            f"expected rows of at most {positions.limit} tokens (decoder.max_position_embeddings), "
+            f"got one token more; pass a smaller max_new_tokens or max_length"
+        )
+
+
 class LearnedPositions:
     """A table indexed by a token's place in its row; the first token takes row 2 (fairseq's habit)."""
 
     def __init__(self, table: Tensor) -> None:
         self._table = table  # [max_position_embeddings + 2, width]
-        self.limit = table.shape[0] - 2  # tokens that can be fed
+        self.limit: int | None = table.shape[0] - 2
 
     def __call__(self, tokens: Tensor, step: PagedStep) -> Tensor:
         return self._table[step.context_lens + 1]
@@ -69,7 +89,7 @@ class SinusoidalPositions:
         return table.to(self._dtype).to(self._device)
 
     def __call__(self, tokens: Tensor, step: PagedStep) -> Tensor:
-        while self._table.shape[0] < step.longest + self._pad + 2:  # a row that has ended may be one token ahead
+        while self._table.shape[0] < step.longest + self._pad + 1:
             self._table = self._rows(2 * self._table.shape[0])
         is_token = tokens != self._pad
         position = step.context_lens if self._count_pads else step.num_counted
@@ -124,37 +144,30 @@ class Decoder:
         weight, bias = (torch.stack(tensors).unflatten(0, (-1, 2)) for tensors in zip(*cross, strict=True))
         self.cross_weights = CrossWeights(weight, bias, config.num_heads)
 
-    def positions(self, count_pads: bool) -> LearnedPositions | SinusoidalPositions:
+    def positions(self, count_pads: bool) -> Positions:
         """The position rule; `count_pads` is what transformers does with its cache, and matters to sinusoids only."""
         if self._learned is not None:
             return LearnedPositions(self._learned)
         return SinusoidalPositions(self.config, self.embedding.dtype, self.embedding.device, count_pads)
 
-    def step(
-        self, tokens: Tensor, step: PagedStep, lines: Lines, positions: LearnedPositions | SinusoidalPositions
-    ) -> Tensor:
+    def step(self, tokens: Tensor, step: PagedStep, lines: Lines, positions: Positions) -> Tensor:
         """Feed one token a row.
 
         Args:
             tokens: int64 [rows].
             step: of these rows; its cache grows by their keys and values, `num_counted` by those that are no pad token.
             lines: of these rows.
-            positions: as given by `positions`.
+            positions: as given by `positions`; no row is longer than their limit (`check_length`).
 
         Returns:
             [rows, width], from which `logits` or `greedy_token` come.
-
-        Raises:
-            ValueError: a row is longer than the position table.
         """
-        if positions.limit is not None and step.longest > positions.limit:
-            raise ValueError(
-                f"expected rows of at most {positions.limit} tokens (decoder.max_position_embeddings), "
-                f"got one token more; pass a smaller max_new_tokens or max_length"
-            )
         config = self.config
         by_head = (tokens.shape[0], config.num_heads, config.head_dim)
-        step.num_counted.add_(tokens != config.pad_token_id if config.pad_token_id is not None else 1)
+        is_counted = step.context_lens > 0
+        if config.pad_token_id is not None:
+            is_counted &= tokens != config.pad_token_id
+        step.num_counted.add_(is_counted)
 
         x = self.embedding[tokens] * self.embed_scale  # [rows, width]
         x = x + positions(tokens, step)

@@ -5,24 +5,28 @@
 Pictures are encoded in batches and wait, encoded, for a place. The host looks at the outcome of every step: which lines
 are done, and which beam each beam goes on from. On a GPU it does so when the next step has begun, so that the GPU never
 waits for it: a line that is done takes part in one step more, in which its rows are empty, and results come a step
-later. Encoding has a stream of its own there.
+later. What the device does in a step is recorded and replayed there.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trocr_fast.cross_memory import CrossMemory, Lines
+from trocr_fast.decoder import check_length
 from trocr_fast.errors import is_out_of_memory
 from trocr_fast.host_copy import HostCopy, to_device
 from trocr_fast.lanes import Lanes, SwappedLane
 from trocr_fast.model import Model, Network
 from trocr_fast.paged_cache import on_device
+from trocr_fast.picture_encoder import Encoded, PictureEncoder
+from trocr_fast.recording import MakeRecorder, Recordings, cuda_recorder, no_recorder
 from trocr_fast.scheduler import STEPS_AHEAD, Capacity, LineTooLarge, Plan, Scheduler
 from trocr_fast.search import Choice, Hypothesis, Search, SearchSettings, make_search
 
@@ -49,15 +53,6 @@ class _Outcome:
     choice: HostCopy
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """Pictures being encoded."""
-
-    lines: list[int]
-    states: Tensor  # [lines, tokens, width]
-    ready: torch.cuda.Event | None
-
-
 class Engine:
     """Decodes pictures with one search.
 
@@ -70,6 +65,8 @@ class Engine:
         num_blocks: of the self-attention cache, never more; None: as many as are needed, while there is memory.
         table: for uint8 pictures: fp32 [channels, 256], the normalised value of each of the 256 values.
         late: whether the host learns of a step when the next one has begun; by default on a GPU.
+        make_recorder: of what the device does in a step, and to encode a few pictures; by default of CUDA graphs on a
+            GPU. For a late host only.
 
     Used by one thread at a time.
     """
@@ -84,16 +81,18 @@ class Engine:
         num_blocks: int | None = None,
         table: Tensor | None = None,
         late: bool | None = None,
+        make_recorder: MakeRecorder[Any] | None = None,
     ) -> None:
-        self.network, self._table = network, table if table is None else table.to(network.device)
+        self.network, self._dtypes = network, "floating-point" if table is None else "uint8"
         encode_batch = min(encode_batch or num_lanes, num_lanes)
         self._capacity = Capacity(num_lanes, num_lanes + encode_batch, settings.num_beams, encode_batch)
         self._positions = network.decoder.positions(count_pads)
         self._settings, self._num_blocks = settings, num_blocks
-        on_gpu = network.device.type == "cuda"
-        self._late = on_gpu if late is None else late
-        self._encode_stream = torch.cuda.Stream(network.device) if on_gpu else None
-        self._follow_stream()  # of who made the weights
+        self._late = network.device.type == "cuda" if late is None else late
+        if make_recorder is None:
+            make_recorder = partial(cuda_recorder, network.device)
+        self._make_recorder = make_recorder if self._late else no_recorder
+        self._encoder = PictureEncoder(network, table, self._make_recorder)
         self.num_swaps = 0
         self._next = 0  # number of the next line; none is used twice
         self._reset()
@@ -103,7 +102,7 @@ class Engine:
         network, capacity = self.network, self._capacity
         self.scheduler = Scheduler(capacity)
         self._pixels: dict[int, Tensor] = {}
-        self._encoding = deque[_Encoded]()
+        self._encoding = deque[tuple[list[int], Encoded]]()
         self._states: dict[int, Tensor] = {}  # [tokens, width] of lines that are encoded and not in the batch yet
         self._own: dict[int, dict[str, int]] = {}  # what the search is to know of a line of its own
         self._lane_of: dict[int, int] = {}
@@ -114,12 +113,14 @@ class Engine:
         self._longest = 0  # tokens of a row in the last step
         self._found: Found = []  # not given out yet
         # What is large goes before its like comes: memory may be what there was too little of.
-        for name in ("lanes", "_search", "_memory"):
+        for name in ("_recordings", "lanes", "_search", "_memory"):
             self.__dict__.pop(name, None)
         config, dtype, device = network.decoder.config, network.dtype, network.device
         self.lanes: Lanes = Lanes(config, capacity.num_lanes, capacity.num_beams, dtype, device, self._num_blocks)
         self._search: Search = make_search(self._settings, capacity.num_lanes, device)
         self._memory: CrossMemory = network.slots(capacity.num_lanes)  # a slot for each lane
+        make_recorder = self._make_recorder if self._search.is_recordable else no_recorder
+        self._recordings = Recordings(make_recorder, capacity.num_lanes)
 
     @property
     def is_idle(self) -> bool:
@@ -146,15 +147,13 @@ class Engine:
         """
         encoder = self.network.encoder.config
         expected = (encoder.num_channels, *encoder.image_size)
-        fits = pixels.is_floating_point() if self._table is None else pixels.dtype == torch.uint8
+        fits = pixels.dtype == torch.uint8 if self._dtypes == "uint8" else pixels.is_floating_point()
         if tuple(pixels.shape) != expected or not fits:
-            kind = "floating-point" if self._table is None else "uint8"
-            raise ValueError(f"pixels: expected {kind} {list(expected)}, got {pixels.dtype} {list(pixels.shape)}")
+            wanted = f"{self._dtypes} {list(expected)}"
+            raise ValueError(f"pixels: expected {wanted}, got {pixels.dtype} {list(pixels.shape)}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length: expected at least 2, got {max_length}")
-        if pixels.device.type == "cuda" and self._encode_stream is not None:
-            self._follow_stream()
-            pixels.record_stream(self._encode_stream)
+        self._encoder.follow(pixels)
         line, self._next = self._next, self._next + 1
         self.scheduler.add(line)
         self._pixels[line] = pixels
@@ -262,21 +261,31 @@ class Engine:
 
     def _decode(self, batch: tuple[int, ...]) -> None:
         """A token more for the lines of the first lanes."""
-        num_lanes = len(batch)
         if not batch:
             return
+        self._longest = self.lanes.reserve(len(batch))
+        check_length(self._longest, self._positions)
+        self._search.lines.make_room(self._longest + 2)  # a line that is done may be one token longer
+        places = self.lanes.version, self._search.lines.version
+        choice = self._recordings.run(self._feed, self._recordings.size(len(batch)), places)
+        outcome = {"done": choice.done[: len(batch)]}
+        if choice.parents is not None:
+            outcome["parents"] = choice.parents[: len(batch)]
+        self._under_way.append(_Outcome(batch, HostCopy(outcome)))
+
+    def _feed(self, num_lanes: int) -> Choice:
+        """The device's part of a step of the first lanes, of which the last ones may be empty."""
         decoder, lines = self.network.decoder, Lines(self._memory, num_lanes)
         done = self._search.lines["done"][:num_lanes] if self._late else None
-        step = self.lanes.begin_step(num_lanes, done)
-        self._longest = step.longest
+        longest = self.lanes.most_tokens if self._recordings.is_on else self._longest
+        step = self.lanes.paged_step(num_lanes, longest, done)
+        if done is not None:
+            done |= step.context_lens.view(num_lanes, -1)[:, 0] == 0  # an empty lane stays as it is
         x = decoder.step(self._search.tokens(num_lanes), step, lines, self._positions)
         choice: Choice = self._search.choose(x, decoder, self.lanes.lengths[:num_lanes])
-        outcome = {"done": choice.done}
-        if choice.parents is not None:
-            if self._late:
-                self.lanes.follow(choice.parents)
-            outcome["parents"] = choice.parents
-        self._under_way.append(_Outcome(batch, HostCopy(outcome)))
+        if choice.parents is not None and self._late:
+            self.lanes.follow(choice.parents)
+        return choice
 
     def _learn(self, steps_ahead: int) -> None:
         """Let the host know what steps have chosen, but for the last ones; lines that are done leave the batch."""
@@ -316,52 +325,31 @@ class Engine:
         """Encode pictures, fewer at a time where there is too little memory."""
         if not lines:
             return
+        encoded = None
         try:
-            with self._on_encode_stream():
-                states = self.network.states(self._stacked(lines), self._table)
-                ready = None if self._encode_stream is None else self._encode_stream.record_event()
+            encoded = self._encoder.encode([self._pixels[line] for line in lines])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if len(lines) == 1:
                 return self._fail(lines[0], f"too little memory to encode one picture: {error}")
-            states = None
-        if states is None:  # out of the handler, whose error holds on to memory
+        if encoded is None:  # out of the handler, whose error holds on to memory
             half = len(lines) // 2
             self._encode(lines[:half])
             return self._encode(lines[half:])
         for line in lines:
             del self._pixels[line]
-        self._encoding.append(_Encoded(lines, states, ready))
+        self._encoding.append((lines, encoded))
         self._look_at_encoded()
-
-    def _stacked(self, lines: list[int]) -> Tensor:
-        """Their pixels, [lines, channels, H, W], on the device or on the way to it."""
-        pixels = [self._pixels[line] for line in lines]
-        if self._encode_stream is None or pixels[0].device.type != "cpu":
-            return torch.stack(pixels)
-        # from pinned memory: else the host would wait until the stream is done with the pictures before
-        pinned = torch.empty((len(lines), *pixels[0].shape), dtype=pixels[0].dtype, pin_memory=True)
-        return torch.stack(pixels, out=pinned).to(self.network.device, non_blocking=True)
-
-    def _follow_stream(self) -> None:
-        """Let encoding wait for what the current stream has been given to do so far."""
-        if self._encode_stream is not None:
-            self._encode_stream.wait_stream(torch.cuda.current_stream(self.network.device))
-
-    def _on_encode_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._encode_stream is None else torch.cuda.stream(self._encode_stream)
 
     def _look_at_encoded(self) -> None:
         """Let those that are encoded join the batch; wait for some if there is none."""
         while self._encoding:
-            lines, states, ready = self._encoding[0].lines, self._encoding[0].states, self._encoding[0].ready
-            if ready is not None:
-                if not ready.query() and self._lane_of:
-                    return
-                torch.cuda.current_stream(states.device).wait_event(ready)
-                states.record_stream(torch.cuda.current_stream(states.device))
+            lines, encoded = self._encoding[0]
+            if not encoded.is_ready and self._lane_of:
+                return
             self._encoding.popleft()
+            states = encoded.take()
             there = [(line, one) for line, one in zip(lines, states, strict=True) if line in self.scheduler]
             self._states.update(there)
             self.scheduler.encoded(*(line for line, _ in there))

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from trocr_fast import engine_generate, fallbacks
 from trocr_fast.cross_memory import Lines
+from trocr_fast.decoder import check_length
 from trocr_fast.errors import CheckpointError
 from trocr_fast.lanes import Lanes
 from trocr_fast.model import Network
@@ -182,6 +183,7 @@ class DecodeCache:
                 self._lanes.admit(lane)
         for column in tokens.unbind(1):
             step = self._lanes.begin_step(self._lines.num_lines)
+            check_length(step.longest, positions)
             x = self._decoder.step(column, step, self._lines, positions)
         return self._decoder.logits(x)
 

@@ -19,6 +19,7 @@ class LaneTensors:
         self._line, self._by_token = line, by_token
         self._device = next(iter(line.values())).device
         self._tensors = {name: tensor.expand(num_lanes, *tensor.shape).clone() for name, tensor in line.items()}
+        self.version = 0  # changes when a tensor moves in memory
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -71,3 +72,4 @@ class LaneTensors:
                 wider = tensor.new_zeros((*tensor.shape[:-1], max(columns, 2 * tensor.shape[-1])))
                 wider[..., : tensor.shape[-1]] = tensor
                 self._tensors[name] = wider
+                self.version += 1

@@ -71,6 +71,12 @@ class Lanes:
         self._first_rows = torch.arange(num_lanes, device=device).unsqueeze(1) * num_beams  # of each lane
         self._num_columns = FIRST_TOKENS  # of the block tables
         self._buffers = StepBuffers(num_lanes * num_beams, self._num_columns, device)
+        self.version = 0  # changes when what a step reads or writes moves in memory
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a row, before `version` changes."""
+        return self._num_columns * BLOCK_SIZE
 
     @property
     def num_blocks(self) -> int:
@@ -92,6 +98,7 @@ class Lanes:
             if not is_out_of_memory(error):
                 raise
             return False
+        self.version += 1
         return True
 
     def blocks_of(self, lane: int) -> int:
@@ -158,12 +165,11 @@ class Lanes:
         if tail == 0:
             self._forget_parents(lanes)
 
-    def begin_step(self, num_lanes: int, done: Tensor | None = None) -> PagedStep:
+    def reserve(self, num_lanes: int) -> int:
         """Make room for one token more of every row of the first lanes, and count it.
 
-        Args:
-            done: bool [lanes], on the device: lines that have ended, which the host does not know yet; their rows are
-                of length 0.
+        Returns:
+            Tokens of the longest of these rows.
 
         Raises:
             OutOfBlocks: too few blocks, and no more may or can be had; nothing has changed.
@@ -173,11 +179,24 @@ class Lanes:
         slots = self._kv.reserve(sequences)
         self.lengths[:num_lanes] = np.minimum(self.lengths[:num_lanes] + 1, self._limits[:num_lanes])
         longest = int(self.lengths[:num_lanes].max())
-        if longest >= self._num_columns * BLOCK_SIZE:  # a line that is done may have one token more
+        if longest >= self.most_tokens:  # a line that is done may have one token more
             self._num_columns = 2 * longest // BLOCK_SIZE
             self._buffers = StepBuffers(self._sequences.size, self._num_columns, self._kv.memory.device)
-        buffers, rows = self._buffers, len(sequences)
-        buffers.fill(cache, sequences, slots)
+            self.version += 1
+        self._buffers.fill(cache, sequences, slots)
+        return longest
+
+    def paged_step(self, num_lanes: int, longest: int, done: Tensor | None = None) -> PagedStep:
+        """The rows of the first lanes as `reserve` left them; of lanes behind those that it had, rows of length 0.
+
+        Nothing but work for the device, in tensors that stay where they are until `version` changes.
+
+        Args:
+            longest: of the rows, at least.
+            done: bool [lanes], on the device: lines that have ended, which the host does not know yet; their rows are
+                of length 0.
+        """
+        buffers, rows = self._buffers, num_lanes * self.num_beams
         tables = buffers.block_tables[:rows]
         if self._parents is not None:
             tables = buffers.permute(self._flat(self._parents[:num_lanes]))
@@ -193,6 +212,10 @@ class Lanes:
             longest,
             self.num_counted[:rows],
         )
+
+    def begin_step(self, num_lanes: int) -> PagedStep:
+        """`reserve` and `paged_step` of the same lanes."""
+        return self.paged_step(num_lanes, self.reserve(num_lanes))
 
     def check_integrity(self) -> None:
         """Of the cache; after every step in tests."""

@@ -143,17 +143,20 @@ class Search(Protocol):
 
     RESULT: tuple[str, ...]  # the tensors of `lines` that hold what was found
     lines: LaneTensors  # "limit" is the length at which a line is cut; it may be set for each
+    is_recordable: bool  # whether `tokens` and `choose` are nothing but work for the device, the same at every step
 
     def tokens(self, num_lanes: int) -> Tensor:
         """What to feed next to the rows of the first lanes, int64 [rows]."""
         ...
 
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
-        """Let the lines of the first lanes go on by one token; a line that is done stays as it is.
+        """Let the lines of the first lanes go on by one token, for which `lines` has room and one column more.
+
+        A line that is done stays as it is.
 
         Args:
             x: [rows, width], from `Decoder.step`.
-            lengths: tokens of each line so far, int64 [lanes].
+            lengths: tokens of each line so far, int64 [lanes]; looked at unless `is_recordable`.
         """
         ...
 
@@ -181,7 +184,7 @@ class GreedySearch:
     RESULT: tuple[str, ...] = ("tokens", "log_probs", "length")
 
     def __init__(self, settings: SearchSettings, num_lanes: int, device: torch.device) -> None:
-        self._settings = settings
+        self._settings, self.is_recordable = settings, not settings.processors
         self._end_tokens = torch.tensor(settings.end_tokens, dtype=torch.int64, device=device)
         self.lines = LaneTensors(num_lanes, self._new_line(device), by_token=("tokens", "log_probs"))
 
@@ -201,7 +204,6 @@ class GreedySearch:
 
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
         lanes = len(lengths)
-        self.lines.make_room(int(lengths.max()) + 2)  # a line that is done may be one token longer
         history, log_probs, length, limit, done = (
             self.lines[name][:lanes] for name in ("tokens", "log_probs", "length", "limit", "done")
         )
@@ -246,7 +248,7 @@ class BeamSearch:
     RESULT: tuple[str, ...] = ("finished_tokens", "finished_log_probs", "finished_lengths", "finished_scores")
 
     def __init__(self, settings: SearchSettings, num_lanes: int, device: torch.device) -> None:
-        self._settings = settings
+        self._settings, self.is_recordable = settings, not settings.processors
         self._end_tokens = torch.tensor(settings.end_tokens, dtype=torch.int64, device=device)
         beams = settings.num_beams
         tokens = torch.full((beams, FIRST_COLUMNS), settings.start_token, dtype=torch.int64, device=device)
@@ -278,7 +280,6 @@ class BeamSearch:
 
     def choose(self, x: Tensor, decoder: Decoder, lengths: np.ndarray) -> Choice:
         settings, beams, lanes = self._settings, self._settings.num_beams, len(lengths)
-        self.lines.make_room(int(lengths.max()) + 2)  # a line that is done may be one token longer
         names = ("tokens", "log_probs", "scores", "length", "limit", "open", "done")
         old = {name: self.lines[name][:lanes] for name in names}
         length, limit = old["length"].unsqueeze(1), old["limit"].unsqueeze(1)  # [lanes, 1]
