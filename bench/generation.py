@@ -26,6 +26,7 @@ from trocr_fast.config import Architecture
 from trocr_fast.engine import Engine
 from trocr_fast.fallbacks import named_weights
 from trocr_fast.model import Network
+from trocr_fast.recording import MakeRecorder, no_recorder
 from trocr_fast.search import SearchSettings
 from trocr_fast.trocr import TrOCR
 from trocr_fast.verify import Reference, repair_sinusoidal_positions
@@ -42,6 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 OURS = "ours"
 WHOLE_BATCHES = "ours, whole batches"  # static batching in the same engine
+NO_GRAPHS = "ours, no CUDA graphs"
 ACCELERATED = "accelerate(model)"
 SHIPPED = "transformers as shipped"
 CACHED = "transformers, cache"
@@ -240,10 +242,12 @@ class Ours(Contestant):
     Args:
         workload: what it is made for; parts of it and shorter lengths can be decoded too.
         whole_batches: take new lines only when all have left.
+        make_recorder: as of `Engine`.
     """
 
     workload: Workload
     whole_batches: bool = False
+    make_recorder: MakeRecorder[Any] | None = None
     engine: TimedEngine | None = None
 
     def __call__(self, workload: Workload) -> Rows:
@@ -256,7 +260,12 @@ class Ours(Contestant):
                 num_beams=self.workload.num_beams,
             )
             self.engine = TimedEngine(
-                subject.network, settings, self.batch, count_pads=subject.as_shipped, table=self.workload.table
+                subject.network,
+                settings,
+                self.batch,
+                count_pads=subject.as_shipped,
+                table=self.workload.table,
+                make_recorder=self.make_recorder,
             )
         engine, rows = self.engine, dict[int, list[int]]()
         lines = range(len(workload.pictures))
@@ -369,12 +378,15 @@ def contestants(
     makers: list[Maker] = [Maker(OURS, lambda: Ours(OURS, subject, batch, workload))]
     if batch > 1 and len(set(lengths)) > 1:
         makers.append(Maker(WHOLE_BATCHES, lambda: Ours(WHOLE_BATCHES, subject, batch, workload, True)))
+    everything = subject.network.device.type == "cuda" if everything is None else everything
+    if everything:
+        makers.append(Maker(NO_GRAPHS, lambda: Ours(NO_GRAPHS, subject, batch, workload, make_recorder=no_recorder)))
     makers += [
         transformers(ACCELERATED, {}, order=by_length, accelerated=True),
         transformers(CACHED, cached, order=by_length),
         transformers(SHIPPED, {"use_cache": subject.as_shipped}),
     ]
-    if everything or (everything is None and subject.network.device.type == "cuda"):
+    if everything:
         static = {"use_cache": True, "cache_implementation": "static"}
         makers += [
             transformers(STATIC_CACHE, static, order=by_length),

@@ -28,6 +28,7 @@ from bench.generation import (
     DTYPES,
     FOLDERS,
     IAM_LENGTHS,
+    NO_GRAPHS,
     OURS,
     SHIPPED,
     WHOLE_BATCHES,
@@ -136,7 +137,7 @@ class Entrant:
             }
 
     def is_due(self, turn: int) -> bool:
-        is_rival = self.name not in (OURS, WHOLE_BATCHES)
+        is_rival = self.name not in (OURS, WHOLE_BATCHES, NO_GRAPHS)
         return not (is_rival and turn >= SLOW_REPEATS and max(self.seconds, default=0.0) > SLOW_S)
 
     def result(self, expected: Rows) -> dict[str, Any]:

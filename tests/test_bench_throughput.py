@@ -16,6 +16,7 @@ from bench.generation import (
     ACCELERATED,
     CACHED,
     COMPILED,
+    NO_GRAPHS,
     OURS,
     SHIPPED,
     STATIC_CACHE,
@@ -61,7 +62,7 @@ def test_all_contestants_give_the_same_tokens_of_the_lengths_asked_for(family: s
     assert len({tuple(tokens) for tokens in expected}) >= 5
     with torch.compiler.set_stance("force_eager"):
         found = {maker.name: maker()(workload) for maker in contestants(subject, workload, 3, lengths, everything=True)}
-    assert list(found) == [OURS, WHOLE_BATCHES, ACCELERATED, CACHED, SHIPPED, STATIC_CACHE, COMPILED]
+    assert list(found) == [OURS, WHOLE_BATCHES, NO_GRAPHS, ACCELERATED, CACHED, SHIPPED, STATIC_CACHE, COMPILED]
     assert [name for name, rows in found.items() if rows != expected] == []
 
 

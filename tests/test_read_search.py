@@ -131,13 +131,18 @@ def test_settings_of_the_checkpoint_are_not_followed_in_silence(tmp_path: Path) 
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN, folder)
     path = folder / "generation_config.json"
-    own = {"num_beams": 4, "no_repeat_ngram_size": 3}
+    own = {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": 2.0, "early_stopping": False, "top_k": 5}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
     ours = TrOCR.from_pretrained(folder, device="cpu")
     with pytest.warns(UserWarning, match="'num_beams': 4, 'no_repeat_ngram_size': 3.*plain greedy"):
         ours.read([])
-    with pytest.warns(UserWarning, match=r"settings \{'no_repeat_ngram_size': 3\} are not followed.*was asked for"):
-        ours.read([], num_beams=2)
+    for search, left in (
+        ({"num_beams": 2}, "'no_repeat_ngram_size': 3, 'length_penalty': 2.0"),
+        ({"num_beams": 2, "length_penalty": 0.5}, "'no_repeat_ngram_size': 3"),
+        ({"do_sample": True, "num_beams": 1}, "'no_repeat_ngram_size': 3, 'top_k': 5"),
+    ):
+        with pytest.warns(UserWarning, match=rf"settings \{{{left}\}} are not followed.*was asked for"):
+            ours.read([], **search)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.read([], num_beams=1, no_repeat_ngram_size=3)

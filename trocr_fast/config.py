@@ -114,6 +114,17 @@ NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "speculation_type": (),
     "use_mtp": (False,),
 }
+# Those that matter to some searches only.
+NEUTRAL_FOR_BEAMS: dict[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
+NEUTRAL_FOR_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "temperature": (1.0,),
+    "top_k": (50,),
+    "top_p": (1.0,),
+    "min_p": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+}
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,8 @@ class GenerationDefaults:
     max_new_tokens: int | None  # start token not counted; wins over max_length
     use_cache: bool  # chooses the position rule of sinusoidal decoders
     other: Mapping[str, Any]  # settings that would change the tokens and that greedy search does not know
+    of_beams: Mapping[str, Any]  # the same, once there are beams
+    of_sampling: Mapping[str, Any]  # the same, once tokens are sampled
 
 
 @dataclass(frozen=True)
@@ -325,11 +338,14 @@ def _generation_defaults(
         limits[name] = None if values.get(name) is None else fields.dimension(name, None)
 
     use_cache = values.get("use_cache")
-    other = {
-        name: values[name]
-        for name, neutral in NEUTRAL_GENERATION.items()
-        if values.get(name) is not None and values[name] not in neutral
-    }
+    other, of_beams, of_sampling = (
+        {
+            name: values[name]
+            for name, same in neutral.items()
+            if values.get(name) is not None and values[name] not in same
+        }
+        for neutral in (NEUTRAL_GENERATION, NEUTRAL_FOR_BEAMS, NEUTRAL_FOR_SAMPLING)
+    )
     return GenerationDefaults(
         decoder_start_token_id=start,
         eos_token_ids=eos_token_ids,
@@ -338,4 +354,6 @@ def _generation_defaults(
         max_new_tokens=limits["max_new_tokens"],
         use_cache=True if use_cache is None else fields.flag("use_cache", True),
         other=other,
+        of_beams=of_beams,
+        of_sampling=of_sampling,
     )

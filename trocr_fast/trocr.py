@@ -145,7 +145,13 @@ class TrOCR:
 
     def _warn_of_ignored(self, search: dict[str, Any], stacklevel: int) -> None:
         # What is asked for by name has been answered, whatever the value.
-        ignored = {name: value for name, value in self.model.config.generation.other.items() if name not in search}
+        generation = self.model.config.generation
+        own = {**generation.other}
+        if search.get("num_beams", 1) > 1:
+            own |= generation.of_beams
+        if search.get("do_sample"):
+            own |= generation.of_sampling
+        ignored = {name: value for name, value in own.items() if name not in search}
         if ignored:
             warnings.warn(
                 f"{self.folder}: its generation settings {ignored} are not followed: lines are read by "
