@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trocr_fast import _csrc
-from trocr_fast.paged_cache import PagedKV
 
-# ask for a value of a tensor, or bring one from the host
-FORBIDDEN = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::lift_fresh", "aten::equal"}
+# What these give depends on values of tensors, so the host has to wait for them.
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+BY_ARGUMENTS = {"aten::index", "aten::repeat_interleave"}  # which wait for some arguments only
 
 
 class Recorder(TorchDispatchMode):
@@ -31,18 +31,21 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._calls: list[Callable[[], object]]
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]]  # by address; with what they held
+        self._from_host: list[Tensor]  # not there yet
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        self._calls, self._before = [], {}
-        with pytest.MonkeyPatch.context() as patch, self:
-            # not PyTorch's, so they are not seen
-            patch.setattr(PagedKV, "write", self._noting(PagedKV.write))
-            patch.setattr(PagedKV, "gather", self._noting(PagedKV.gather))
-            patch.setattr(_csrc, "permute_tables", self._noting(_csrc.permute_tables))
-            result = work()
-        for storage, content in self._before.values():
-            storage.copy_(content)
-        calls = self._calls
+        self._calls, self._before, self._from_host = [], {}, []
+        try:
+            with pytest.MonkeyPatch.context() as patch, self:
+                # not PyTorch's, so they are not seen
+                patch.setattr(_csrc.KVMemory, "write", self._noting(_csrc.KVMemory.write))
+                patch.setattr(_csrc.KVMemory, "gather", self._noting(_csrc.KVMemory.gather))
+                patch.setattr(_csrc, "permute_tables", self._noting(_csrc.permute_tables))
+                result = work()
+        finally:
+            for storage, content in self._before.values():
+                storage.copy_(content)
+            calls, self._calls, self._before, self._from_host = self._calls, [], {}, []
         Recorder.num_recorded += 1
 
         def replay() -> None:
@@ -64,9 +67,13 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name
-        assert name not in FORBIDDEN, name
+        from_host = any(any(one is other for other in self._from_host) for one in tensors((args, kwargs)))
+        assert not from_host or name == "aten::fill_", f"{name} of a tensor from the host"  # fill_ takes its number
+        assert name in BY_ARGUMENTS or WAITS.isdisjoint(function.tags), f"{name} waits for the device"
         if name in ("aten::index", "aten::index_put_"):
             assert all(index is None or index.dtype != torch.bool for index in args[1]), f"{name} with a mask"
+        if name == "aten::repeat_interleave":
+            assert kwargs.get("output_size") is not None, f"{name} without output_size"
         given = list(zip(function._schema.arguments, args, strict=False))
         given += [(one, kwargs[one.name]) for one in function._schema.arguments if one.name in kwargs]
         written = [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
@@ -74,6 +81,8 @@ class Recorder(TorchDispatchMode):
             storage = tensor.untyped_storage()
             self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         result = function(*args, **kwargs)
+        if name == "aten::lift_fresh":
+            self._from_host.append(result)
         addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
         new = [one.untyped_storage().data_ptr() not in addresses for one in tensors(result)]
 

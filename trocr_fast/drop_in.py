@@ -18,6 +18,7 @@ from trocr_fast.config import Architecture
 from trocr_fast.cross_memory import KINDS
 from trocr_fast.errors import CheckpointError
 from trocr_fast.generate_call import Call
+from trocr_fast.kept_engine import KeptEngine
 from trocr_fast.model import Network
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Acceleration:
             self._weights: list[Any] = []
             self._held: dict[str, Tensor] = {}  # those weights: no others can come to lie where they do
             self._network: Network | None = None
+            self._engines = KeptEngine()
             self._reason: str | None = None  # why there is no network
             self._model_reason: str | None = None  # whatever the weights are
 
@@ -125,7 +127,7 @@ class Acceleration:
             return own(model, *arguments, **settings)
         network, reason = (None, call.reason) if call.reason else self._current_network()
         if network is not None:
-            return call.run(network)
+            return call.run(network, self._engines)
         if self._unsupported == "raise":
             raise NotImplementedError(f"generate: {reason}")
         warnings.warn(f"trocr_fast leaves this call to the original generate(): {reason}", FallbackWarning, 2)
@@ -144,6 +146,7 @@ class Acceleration:
                 named = fallbacks.named_weights(self._model)
                 self._held = {name: parameter.detach() for name, parameter in named.items()}
                 self._network, self._reason = None, self._model_reason
+                self._engines.forget()  # they hold the weights of before
                 if self._reason is None:
                     self._network, self._reason = self._build(named)
             return self._network, self._reason

@@ -10,6 +10,7 @@ later. What the device does in a step is recorded and replayed there.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,6 @@ from trocr_fast.errors import is_out_of_memory
 from trocr_fast.host_copy import HostCopy, to_device
 from trocr_fast.lanes import Lanes, SwappedLane
 from trocr_fast.model import Model, Network
-from trocr_fast.paged_cache import on_device
 from trocr_fast.picture_encoder import Encoded, PictureEncoder
 from trocr_fast.recording import MakeRecorder, Recordings, cuda_recorder, no_recorder
 from trocr_fast.scheduler import STEPS_AHEAD, Capacity, LineTooLarge, Plan, Scheduler
@@ -66,7 +66,7 @@ class Engine:
         table: for uint8 pictures: fp32 [channels, 256], the normalised value of each of the 256 values.
         late: whether the host learns of a step when the next one has begun; by default on a GPU.
         make_recorder: of what the device does in a step, and to encode a few pictures; by default of CUDA graphs on a
-            GPU. For a late host only.
+            GPU where the host is late.
 
     Used by one thread at a time.
     """
@@ -90,12 +90,15 @@ class Engine:
         self._settings, self._num_blocks = settings, num_blocks
         self._late = network.device.type == "cuda" if late is None else late
         if make_recorder is None:
-            make_recorder = partial(cuda_recorder, network.device)
-        self._make_recorder = make_recorder if self._late else no_recorder
-        self._encoder = PictureEncoder(network, table, self._make_recorder)
+            make_recorder = partial(cuda_recorder, network.device) if self._late else no_recorder
+        self._recorder = make_recorder()
+        on_gpu = network.device.type == "cuda"
+        self._stream = torch.cuda.current_stream(network.device) if on_gpu else None
+        self._encoder = PictureEncoder(network, table, make_recorder())
         self.num_swaps = 0
         self._next = 0  # number of the next line; none is used twice
-        self._reset()
+        with self._on_stream():
+            self._reset()
 
     def _reset(self) -> None:
         """Forget all lines."""
@@ -116,11 +119,12 @@ class Engine:
         for name in ("_recordings", "lanes", "_search", "_memory"):
             self.__dict__.pop(name, None)
         config, dtype, device = network.decoder.config, network.dtype, network.device
-        self.lanes: Lanes = Lanes(config, capacity.num_lanes, capacity.num_beams, dtype, device, self._num_blocks)
+        sizes = capacity.num_lanes, capacity.num_beams
+        self.lanes: Lanes = Lanes(config, *sizes, dtype, device, self._num_blocks, self._late)
         self._search: Search = make_search(self._settings, capacity.num_lanes, device)
         self._memory: CrossMemory = network.slots(capacity.num_lanes)  # a slot for each lane
-        make_recorder = self._make_recorder if self._search.is_recordable else no_recorder
-        self._recordings = Recordings(make_recorder, capacity.num_lanes)
+        recorder = self._recorder if self._search.is_recordable else None
+        self._recordings = Recordings(recorder, capacity.num_lanes)
 
     @property
     def is_idle(self) -> bool:
@@ -153,6 +157,8 @@ class Engine:
             raise ValueError(f"pixels: expected {wanted}, got {pixels.dtype} {list(pixels.shape)}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length: expected at least 2, got {max_length}")
+        if pixels.device.type == "cuda":
+            pixels = pixels.to(self.network.device)
         self._encoder.follow(pixels)
         line, self._next = self._next, self._next + 1
         self.scheduler.add(line)
@@ -187,8 +193,8 @@ class Engine:
             ValueError: a line that outgrows the position table. All lines are forgotten, as after any other error; the
                 engine can be used again.
         """
-        try:
-            with on_device(self.network.device):
+        with self._on_stream():
+            try:
                 self._look_at_encoded()
                 plan = self._plan()
                 self._place(plan)
@@ -196,11 +202,15 @@ class Engine:
                 # before encoding, which takes long on a CPU
                 self._learn(steps_ahead=1 if self._late and plan.decode else 0)
                 self._encode([line for line, _ in plan.encode])
-            found, self._found = self._found, []
-            return found
-        except BaseException:
-            self._reset()
-            raise
+            except BaseException:
+                self._reset()
+                raise
+        found, self._found = self._found, []
+        return found
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """That of who made the engine: whoever calls it, work is done in the order in which it was given."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _plan(self) -> Plan:
         if self._positions.limit is not None and self._longest >= self._positions.limit:
@@ -266,8 +276,8 @@ class Engine:
         self._longest = self.lanes.reserve(len(batch))
         check_length(self._longest, self._positions)
         self._search.lines.make_room(self._longest + 2)  # a line that is done may be one token longer
-        places = self.lanes.version, self._search.lines.version
-        choice = self._recordings.run(self._feed, self._recordings.size(len(batch)), places)
+        version = self.lanes.version, self._search.lines.version
+        choice = self._recordings.run(self._feed, self._recordings.size(len(batch)), version)
         outcome = {"done": choice.done[: len(batch)]}
         if choice.parents is not None:
             outcome["parents"] = choice.parents[: len(batch)]
@@ -277,7 +287,7 @@ class Engine:
         """The device's part of a step of the first lanes, of which the last ones may be empty."""
         decoder, lines = self.network.decoder, Lines(self._memory, num_lanes)
         done = self._search.lines["done"][:num_lanes] if self._late else None
-        longest = self.lanes.most_tokens if self._recordings.is_on else self._longest
+        longest = self.lanes.room if self._recordings.is_on else self._longest
         step = self.lanes.paged_step(num_lanes, longest, done)
         if done is not None:
             done |= step.context_lens.view(num_lanes, -1)[:, 0] == 0  # an empty lane stays as it is
@@ -376,10 +386,11 @@ class Engine:
         """
         if line not in self:
             raise ValueError(f"line: expected one that was added and has not ended, got {line}")
-        if line in self._swapped:
-            return self._search.so_far(self._swapped[line].search)
-        if line in self._lane_of:
-            return self._search.so_far(self._search.lines.take(self._lane_of[line]))
+        with self._on_stream():
+            if line in self._swapped:
+                return self._search.so_far(self._swapped[line].search)
+            if line in self._lane_of:
+                return self._search.so_far(self._search.lines.take(self._lane_of[line]))
         return [self._settings.start_token]
 
     def check_integrity(self) -> None:

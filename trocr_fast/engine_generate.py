@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
-from trocr_fast.engine import Engine
+from trocr_fast.kept_engine import KeptEngine
 from trocr_fast.model import Network
 from trocr_fast.search import SearchSettings
 
@@ -66,11 +66,18 @@ def _is_own(criterion: Any, config: GenerationConfig) -> bool:
 
 
 def decode(
-    network: Network, pixels: Tensor, count_pads: bool, start_token: int, processors: Any, config: GenerationConfig
+    network: Network,
+    engines: KeptEngine,
+    pixels: Tensor,
+    count_pads: bool,
+    start_token: int,
+    processors: Any,
+    config: GenerationConfig,
 ) -> Tensor | None:
     """Token ids as transformers returns them; None if scores were not finite, which its own loop does not mind.
 
     Args:
+        engines: to take one from.
         pixels: [batch, channels, H, W].
         count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
         processors, config: as resolved by transformers.
@@ -90,8 +97,8 @@ def decode(
         num_return_sequences=config.num_return_sequences or 1,
         processors=tuple(processors),
     )
-    engine = Engine(network, settings, min(len(pixels), MAX_LANES), count_pads=count_pads)
-    hypotheses = [hypothesis for found in engine.decode(pixels) for hypothesis in found]
+    with engines.lend(network, settings, min(len(pixels), MAX_LANES), count_pads=count_pads) as engine:
+        hypotheses = [hypothesis for found in engine.decode(pixels) for hypothesis in found]
     if any(hypothesis.failed for hypothesis in hypotheses):
         return None
     rows = [hypothesis.tokens for hypothesis in hypotheses]

@@ -27,6 +27,7 @@ from trocr_fast import engine_generate, fallbacks
 from trocr_fast.cross_memory import Lines
 from trocr_fast.decoder import check_length
 from trocr_fast.errors import CheckpointError
+from trocr_fast.kept_engine import KeptEngine
 from trocr_fast.lanes import Lanes
 from trocr_fast.model import Network
 
@@ -60,15 +61,15 @@ class Call:
         reason = fallbacks.of_call(named, config, others) or fallbacks.of_sources(sources, model)
         return cls(model, arguments, settings, config, sources, reason) if reason or len(sources) == 1 else None
 
-    def run(self, network: Network) -> ModelOutput | Tensor:
+    def run(self, network: Network, engines: KeptEngine) -> ModelOutput | Tensor:
         """What `generate` returns. Only without a `reason`."""
         (source,) = self.sources.values()
         if "encoder_outputs" in self.sources:
             num_lines, num_tokens = source.last_hidden_state.shape[:2]
-            decode = DecodeCache(network, self.config.use_cache, encoded=source.last_hidden_state)
+            decode = DecodeCache(network, engines, self.config.use_cache, encoded=source.last_hidden_state)
         else:
             num_lines, num_tokens = len(source), 1
-            decode = DecodeCache(network, self.config.use_cache, pixels=source)
+            decode = DecodeCache(network, engines, self.config.use_cache, pixels=source)
         # Has to be there, and is repeated for every beam: what decoding looks at is in the cache.
         stand_in: Any = torch.empty(num_lines, num_tokens, 1, device=network.device)
         fast: Any = object.__new__(_fast_class(type(self.model)))  # type: ignore[arg-type]
@@ -134,6 +135,7 @@ class DecodeCache:
     Either transformers' loop asks for one step after another (`feed`, `reorder_cache`), or the engine does all (`run`).
 
     Args:
+        engines: to take one from.
         count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
         pixels: of the lines, [lines, channels, H, W].
         encoded: in place of pixels, what the encoder makes of them, [lines, tokens, encoder width].
@@ -145,13 +147,19 @@ class DecodeCache:
     is_compileable = False
 
     def __init__(
-        self, network: Network, count_pads: bool, pixels: Tensor | None = None, encoded: Tensor | None = None
+        self,
+        network: Network,
+        engines: KeptEngine,
+        count_pads: bool,
+        pixels: Tensor | None = None,
+        encoded: Tensor | None = None,
     ) -> None:
         if pixels is not None:
             if len(pixels) == 0:
                 raise ValueError(f"pixel_values: expected at least one picture, got shape {list(pixels.shape)}")
             network.encoder.check_shape(pixels)
-        self._network, self._count_pads, self._pixels, self._encoded = network, count_pads, pixels, encoded
+        self._network, self._engines, self._count_pads = network, engines, count_pads
+        self._pixels, self._encoded = pixels, encoded
         self._decoder = network.decoder
         self._positions = network.decoder.positions(count_pads)
         # All tokens of a prompt are fed in one piece, whose positions transformers counts in the one way.
@@ -197,7 +205,9 @@ class DecodeCache:
         """Token ids, int64 [rows, longest], or None, as `trocr_fast.engine_generate.decode` gives them."""
         if self._pixels is None:  # the engine takes nothing else
             return None
-        return engine_generate.decode(self._network, self._pixels, self._count_pads, start_token, processors, config)
+        return engine_generate.decode(
+            self._network, self._engines, self._pixels, self._count_pads, start_token, processors, config
+        )
 
 
 @cache

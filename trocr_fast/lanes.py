@@ -8,7 +8,6 @@ Which beams go on is decided on the device. The host, who shares out blocks, lea
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from trocr_fast.config import DecoderConfig
 from trocr_fast.errors import is_out_of_memory
+from trocr_fast.host_copy import to_device
 from trocr_fast.paged_cache import BLOCK_SIZE, PagedKV, PagedStep, StepBuffers, Swapped
 
 FIRST_TOKENS = 32  # of a row that the cache has room for at first; it grows when lines are longer
@@ -44,6 +44,7 @@ class Lanes:
         num_lanes: lines at most.
         num_beams: rows of a line.
         num_blocks: of the cache, never more; None: as many as are needed, while there is memory.
+        late: the host learns of parents when the next step has begun (`follow`).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Lanes:
         dtype: torch.dtype,
         device: torch.device,
         num_blocks: int | None = None,
+        late: bool = False,
     ) -> None:
         self.num_beams = num_beams
         self._may_grow = num_blocks is None
@@ -67,15 +69,16 @@ class Lanes:
         # those of a row that are no pad token, int64 [rows]
         self.num_counted = torch.zeros(num_lanes * num_beams, dtype=torch.int64, device=device)
         self._limits = np.zeros(num_lanes, np.int64)  # tokens that a line is fed at most
-        self._parents: Tensor | None = None  # int64 [lanes, beams], of the last step, unless the host knows them
+        # of the last step, int64 [lanes, beams]; None: the host knows them
+        self._parents = torch.arange(num_beams, device=device).repeat(num_lanes, 1) if late and num_beams > 1 else None
         self._first_rows = torch.arange(num_lanes, device=device).unsqueeze(1) * num_beams  # of each lane
         self._num_columns = FIRST_TOKENS  # of the block tables
         self._buffers = StepBuffers(num_lanes * num_beams, self._num_columns, device)
         self.version = 0  # changes when what a step reads or writes moves in memory
 
     @property
-    def most_tokens(self) -> int:
-        """Of a row, before `version` changes."""
+    def room(self) -> int:
+        """Tokens of a row that there is room for in what a step reads."""
         return self._num_columns * BLOCK_SIZE
 
     @property
@@ -146,9 +149,7 @@ class Lanes:
 
     def follow(self, parents: Tensor) -> None:
         """`reorder` as far as the device goes: parents, int64 [lanes, beams], lie there."""
-        if self._parents is None:
-            self._parents = torch.empty((len(self.lengths), self.num_beams), dtype=torch.int64, device=parents.device)
-            self._forget_parents(slice(None))
+        assert self._parents is not None
         self._parents[: len(parents)] = parents
         self._permute_counted(parents)
 
@@ -163,7 +164,7 @@ class Lanes:
         flat = (parents + np.arange(len(lanes))[:, None] * self.num_beams).ravel()
         self._kv.cache.permute(self._sequences[lanes].ravel(), flat, tail)
         if tail == 0:
-            self._forget_parents(lanes)
+            self._forget_parents(to_device(lanes.tolist(), self.num_counted.device))
 
     def reserve(self, num_lanes: int) -> int:
         """Make room for one token more of every row of the first lanes, and count it.
@@ -179,7 +180,7 @@ class Lanes:
         slots = self._kv.reserve(sequences)
         self.lengths[:num_lanes] = np.minimum(self.lengths[:num_lanes] + 1, self._limits[:num_lanes])
         longest = int(self.lengths[:num_lanes].max())
-        if longest >= self.most_tokens:  # a line that is done may have one token more
+        if longest + 1 > self.room:  # a line that is done may have one token more
             self._num_columns = 2 * longest // BLOCK_SIZE
             self._buffers = StepBuffers(self._sequences.size, self._num_columns, self._kv.memory.device)
             self.version += 1
@@ -229,7 +230,7 @@ class Lanes:
         rows = self._flat(parents)
         self.num_counted[: len(rows)] = self.num_counted[rows]
 
-    def _forget_parents(self, lanes: Any) -> None:
+    def _forget_parents(self, lanes: int | Tensor) -> None:
         """Every beam goes on from itself."""
         if self._parents is not None:
             self._parents[lanes] = torch.arange(self.num_beams, device=self._parents.device)

@@ -7,6 +7,7 @@ torch tensor, so that it shows in torch's own statistics. Here the two are put t
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -45,6 +46,11 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+_LOCK = Lock()
+# Host memory that a GPU may still read or write, whatever became of the cache that swapped.
+_LEAVING: list[tuple[torch.cuda.Event, Tensor]] = []
+
+
 class PagedKV:
     """Blocks of keys and values, and the sequences that hold them.
 
@@ -79,7 +85,6 @@ class PagedKV:
         # Blocks first, so that a block is copied or swapped in one piece (csrc/kv_memory.h).
         self._block_shape = (num_layers, 2, block_size, num_heads, head_dim)
         self._bind(self._allocate(num_blocks, dtype, device))
-        self._leaving: list[tuple[torch.cuda.Event, Tensor]] = []  # host memory that the GPU still reads or writes
 
     def _allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # Without csrc a padding slot is written, too: to a block of its own, behind all others.
@@ -97,7 +102,7 @@ class PagedKV:
     def grow(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks, the present ones with their content among them.
 
-        The memory moves: what was captured in a CUDA graph points to the old one.
+        The memory moves: what was recorded as a CUDA graph points to the old one (`Lanes.version`).
 
         Raises:
             ValueError: fewer than now.
@@ -233,8 +238,8 @@ class PagedKV:
         if self.memory.device.type == "cuda":
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.memory.device))
-            self._leaving = [(other, kept) for other, kept in self._leaving if not other.query()]
-            self._leaving.append((event, host))
+            with _LOCK:
+                _LEAVING[:] = [(other, kept) for other, kept in _LEAVING if not other.query()] + [(event, host)]
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ class PagedStep:
 
 
 class StepBuffers:
-    """What a decode step reads of the cache, in device buffers that never move.
+    """What a decode step reads of the cache, in device buffers that stay where they are.
 
     A step's tables, lengths and slots are filled on the host and go to the device in one copy, which a captured graph
     can follow. The host side is a ring of pinned buffers; one is used again only when its copy has been made, so that
@@ -273,7 +278,7 @@ class StepBuffers:
             self._copied = [torch.cuda.Event() for _ in range(depth)]  # one that was never recorded has happened
         self._ring_views = [tuple(view.numpy() for view in self._views(buffer)) for buffer in self._ring]
         self._step = 0
-        self._permuted: Tensor | None = None  # int32 [rows, blocks]
+        self._permuted = torch.zeros_like(self.block_tables)
 
     def _views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots int64 [rows], lengths int32 [rows] and tables int32 [rows, blocks], widest first to be aligned."""
@@ -312,8 +317,6 @@ class StepBuffers:
         Returns:
             int32 [rows, blocks]; the same memory at every call.
         """
-        if self._permuted is None:
-            self._permuted = torch.zeros_like(self.block_tables)
         rows = len(parents)
         source, target = self.block_tables[:rows], self._permuted[:rows]
         prefix = self.context_lens[:rows] - 1

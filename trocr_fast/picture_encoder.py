@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trocr_fast.model import Network
-from trocr_fast.recording import MakeRecorder, Recordings
+from trocr_fast.recording import Recorder, Recordings
 
 MOST_RECORDED = 8  # pictures
 
@@ -42,13 +42,13 @@ class PictureEncoder:
 
     Args:
         table: as of `Network.states`.
-        make_recorder: of what the device does.
+        recorder: of what the device does; None: nothing is recorded.
     """
 
-    def __init__(self, network: Network, table: Tensor | None, make_recorder: MakeRecorder[Tensor]) -> None:
+    def __init__(self, network: Network, table: Tensor | None, recorder: Recorder[Tensor] | None) -> None:
         self._network, self._table = network, table if table is None else table.to(network.device)
         self._stream = torch.cuda.Stream(network.device) if network.device.type == "cuda" else None
-        self._recordings = Recordings(make_recorder, MOST_RECORDED)
+        self._recordings = Recordings(recorder, MOST_RECORDED)
         self._pixels: Tensor | None = None  # of a recording, [MOST_RECORDED, channels, H, W]
         self.follow()  # of who made the weights
 

@@ -5,9 +5,14 @@ input from tensors that stay where they are, must not wait for the device, and g
 every time. It is recorded for a few sizes; a batch between two of them takes the larger, with rows that mean nothing.
 """
 
+import gc
 import os
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -21,22 +26,77 @@ MakeRecorder = Callable[[], Recorder[T] | None]
 SWITCH = "TROCR_FAST_GRAPHS"  # set to 0: nothing is recorded
 
 
+class _Arena:
+    """A stream to record on and the memory of what is recorded.
+
+    Kept for ever and lent to one recorder at a time: torch takes memory that the graphs of a pool leave back for graphs
+    of that pool on that stream alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # torch shares streams out again and again, and what somebody else launches on this one would be recorded, too:
+        # few ask for streams of high priority
+        self.stream, self.pool = torch.cuda.Stream(device, priority=-1), torch.cuda.graph_pool_handle()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its being empty
+            self._anchor, _ = self.capture(lambda: None)  # the pool would go with its last graph
+
+    def capture(self, work: Work[T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        with _CAPTURING, torch.cuda.stream(self.stream):
+            torch.cuda.current_blas_handle()  # made for each thread, and not while recording
+            # A graph keeps the address of cuBLAS's workspace, which torch has one of for each stream: it has to be the
+            # graph's own.
+            torch._C._cuda_clearCublasWorkspaces()
+            gc.disable()  # a graph that is collected would end the recording
+            try:
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may go on
+                try:
+                    result = work()
+                except BaseException:
+                    with suppress(RuntimeError):  # that the recording is broken
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            finally:
+                if collects:
+                    gc.enable()
+                torch._C._cuda_clearCublasWorkspaces()
+        return graph, result
+
+
+_CAPTURING = Lock()
+_FREE: defaultdict[torch.device, list[_Arena]] = defaultdict(list)  # arenas that nobody records in
+
+
 class CudaRecorder:
     """Records CUDA graphs, which share their memory: they must not run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._device = device
+        self._arena: _Arena | None = None  # from the first recording on
 
     def __call__(self, work: Work[T]) -> tuple[Callable[[], None], T]:
-        graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which waits for the device and gives all cached memory back.
-        with torch.cuda.stream(torch.cuda.Stream(self._device)):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # others may use the GPU meanwhile
-            try:
-                result = work()
-            finally:
-                graph.capture_end()
+        if self._arena is None:
+            self._arena = self._borrow()
+        try:
+            graph, result = self._arena.capture(work)
+        except BaseException:
+            self._giving_back.detach()  # who knows what it is good for
+            raise
         return graph.replay, result
+
+    def _borrow(self) -> _Arena:
+        free = _FREE[self._device]
+        if free:
+            torch.cuda.synchronize(self._device)  # graphs of who had it before may still run
+        try:
+            arena = free.pop()
+        except IndexError:
+            arena = _Arena(self._device)
+        self._giving_back = weakref.finalize(self, free.append, arena)
+        return arena
 
 
 def cuda_recorder(device: torch.device) -> CudaRecorder | None:
@@ -58,13 +118,13 @@ class Recordings(Generic[T]):
     """A function of a size, replayed where it can be.
 
     Args:
-        make_recorder: if it makes none, the function is called each time, with the very size.
+        recorder: None: the function is called each time, with the very size.
         most: the largest size.
     """
 
-    def __init__(self, make_recorder: MakeRecorder[T], most: int) -> None:
-        self._make_recorder, self._recorder, self._most = make_recorder, make_recorder(), most
-        self._places: Hashable = None
+    def __init__(self, recorder: Recorder[T] | None, most: int) -> None:
+        self._recorder, self._most = recorder, most
+        self._version: Hashable = None
         self._recordings: dict[int, tuple[Callable[[], None], T] | None] = {}
 
     def size(self, size: int) -> int:
@@ -76,28 +136,35 @@ class Recordings(Generic[T]):
         """Whether anything is recorded."""
         return self._recorder is not None
 
-    def run(self, work: Callable[[int], T], size: int, places: Hashable) -> T:
+    def run(self, work: Callable[[int], T], size: int, version: Hashable) -> T:
         """What a function gives for a size from `size`; the next call may overwrite it.
 
         Args:
             work: the function, the same each time; it is not kept.
-            places: differs from the last call's if a tensor that the function reads or writes lies elsewhere now.
+            version: differs from the last call's if a tensor that the function reads or writes lies elsewhere now.
         """
-        recorder = self._recorder
-        if recorder is not None and places != self._places:
-            self._recordings, self._places = {}, places
-            recorder = self._recorder = self._make_recorder()  # the memory of the old one goes with the recordings
-        if recorder is None or size not in self._recordings:
-            self._recordings[size] = None  # the first time kernels are compiled and workspaces allocated, unrecorded
+        if self._recorder is None:
             return work(size)
+        if version != self._version:
+            self._recordings, self._version = {}, version
+        if size not in self._recordings:
+            result = work(size)  # compiles kernels, which cannot be done while recording
+            self._recordings[size] = None
+            return result
         recording = self._recordings[size]
         if recording is None:
             try:
-                recording = self._recordings[size] = recorder(lambda: work(size))
+                recording = self._recordings[size] = self._recorder(lambda: work(size))
             except RuntimeError as error:
-                warnings.warn(f"steps are not recorded as CUDA graphs, which makes them slower: {error}", stacklevel=2)
+                # torch before 2.13 may hold on to memory that was freed meanwhile
+                warnings.warn(
+                    f"CUDA graphs could not be recorded, which makes small batches slower ({SWITCH}=0 does not try): "
+                    f"{error!r}",
+                    stacklevel=2,
+                )
                 self._recorder, self._recordings = None, {}
-                return work(size)
+        if recording is None:  # out of the handler, whose error holds on to memory
+            return work(size)
         replay, result = recording
         replay()
         return result

@@ -95,8 +95,7 @@ class Plan:
     2. `moves`, `swap_in`, `admit`: independent of each other, since each lane is written once at most and none that is
        read is written (moves come from lanes after the batch's new end). So all moves can be one gather.
     3. `decode`, which reads the lanes as they are now.
-    4. `encode`: its slots belong to nobody in `decode`, so it may run beside it. Their last readers were the decode
-       steps of earlier plans: on another stream, it waits for those.
+    4. `encode`: nothing in `decode` reads what it writes, so it may run beside it, on another stream.
     """
 
     swap_out: tuple[Placed, ...]  # youngest first; the lane is the one left; never beside swap_in or admit

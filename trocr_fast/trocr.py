@@ -19,10 +19,10 @@ from torch import Tensor
 from trocr_fast import cross_memory as memories
 from trocr_fast.async_engine import AsyncEngine, OnText
 from trocr_fast.checkpoint import resolve_checkpoint
-from trocr_fast.engine import Engine
 from trocr_fast.errors import CheckpointError, PictureError, UsageError
 from trocr_fast.image_config import ImageConfig
 from trocr_fast.images import DEFAULT_FORMATS, DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_MPIXELS, ImageProcessor, Picture
+from trocr_fast.kept_engine import KeptEngine
 from trocr_fast.line import Line
 from trocr_fast.model import Model
 from trocr_fast.places import CLOSED
@@ -52,6 +52,7 @@ class TrOCR:
         self.images = images
         self.text = text
         self._async_engine: AsyncEngine | None = None
+        self._engines = KeptEngine()
         self._closed, self._opening = False, Lock()
 
     @classmethod
@@ -239,13 +240,6 @@ class TrOCR:
         num_workers: int | None,
         token_log_probs: bool,
     ) -> Iterator[Line]:
-        engine = Engine(
-            self.model,
-            settings,
-            batch_size,
-            count_pads=self.model.config.generation.use_cache,
-            table=torch.from_numpy(self.images.table),
-        )
         loaded = self.load_pictures(pictures, num_workers)
         taken: deque[tuple[str | None, PictureError | None]] = deque()
         failure: Exception | None = None
@@ -263,12 +257,14 @@ class TrOCR:
             except Exception as error:  # of `pictures`: raised below, once all that came before it is read
                 failure = error
 
-        for found in engine.decode(pixels()):
-            path, error = taken.popleft()
-            if error is not None:
-                yield Line(path=path, error=str(error))
-            else:
-                yield self._line(path, *found, token_log_probs=token_log_probs)
+        count_pads, table = self.model.config.generation.use_cache, torch.from_numpy(self.images.table)
+        with self._engines.lend(self.model, settings, batch_size, count_pads=count_pads, table=table) as engine:
+            for found in engine.decode(pixels()):
+                path, error = taken.popleft()
+                if error is not None:
+                    yield Line(path=path, error=str(error))
+                else:
+                    yield self._line(path, *found, token_log_probs=token_log_probs)
         if failure is not None:
             raise failure
 
@@ -314,6 +310,8 @@ class TrOCR:
             search["max_new_tokens"] = max_new_tokens
         single = isinstance(inputs, PICTURE_TYPES)
         pictures: Any = [inputs] if single else inputs
+        if single and batch_size is None:
+            batch_size = 1
         rows = []
         for number, line in enumerate(self.read(pictures, batch_size=batch_size, **search)):
             if line.text is None:
@@ -462,7 +460,7 @@ class TrOCR:
                 f"generate: not possible on this engine: {call.reason}. Load {self.folder} with transformers' "
                 "VisionEncoderDecoderModel.from_pretrained and accelerate() that: such calls then go to transformers"
             )
-        return call.run(self.model)
+        return call.run(self.model, self._engines)
 
     @cached_property
     def _weightless_model(self) -> Any:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, VisionEncoderDeco
 from transformers.utils import ModelOutput
 
 from tests.parity.models import VOCAB_SIZE, Case, lively_reference
-from trocr_fast import accelerate, engine_generate
+from trocr_fast import accelerate, kept_engine
 from trocr_fast.engine import Engine
 from trocr_fast.model import Network
 from trocr_fast.search import SearchSettings
@@ -250,7 +250,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
         made.append(Engine(network, settings, min(num_lanes, 5), 3, num_blocks=num_blocks, **more))
         return made[-1]
 
-    monkeypatch.setattr(engine_generate, "Engine", small)
+    monkeypatch.setattr(kept_engine, "Engine", small)
     return made
 
 

@@ -318,6 +318,7 @@ def test_a_line_without_enough_blocks_even_alone_ends_with_an_error_and_no_other
     assert all(one.failed or one.tokens == other.tokens for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.timeout(60)  # lost pictures would never be done
 def test_too_little_memory_makes_batches_smaller_and_fails_no_picture_but_what_does_not_fit_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
