@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.models import MAX_LENGTH, Case, lively_reference
+from tests.parity.models import MAX_LENGTH, Case, build, lively_reference
 from trocr_fast import TrOCR, accelerate, kept_engine
 from trocr_fast.config import Architecture
 from trocr_fast.engine import Engine
@@ -49,6 +49,16 @@ def test_an_engine_is_kept_for_a_call_like_the_last_one(case: tuple[Network, Ten
     assert lent(settings, MOST_LANES + 1) is not lent(settings, MOST_LANES + 1)
     processed = SearchSettings(settings.start_token, (), MAX_LENGTH, processors=(lambda tokens, scores: scores,))
     assert lent(processed, 2) is not lent(processed, 2)
+
+
+def test_an_engine_of_another_network_is_not_lent(case: tuple[Network, Tensor, SearchSettings]) -> None:
+    network, _, settings = case
+    model = build(Case("A"), seed=6)
+    other = Network(Architecture.from_dict(model.config.to_dict(), "A"), dict(model.state_dict()))
+    engines = KeptEngine()
+    for wanted in (network, other, network):
+        with engines.lend(wanted, settings, 2) as engine:
+            assert engine.network is wanted
 
 
 def test_an_engine_that_was_left_in_the_middle_is_not_kept(case: tuple[Network, Tensor, SearchSettings]) -> None:
