@@ -16,7 +16,8 @@ import pybind11
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-SOURCES = ["csrc/block_allocator.cpp", "csrc/paged_cache.cpp", "csrc/kv_memory_cpu.cpp", "csrc/bindings.cpp"]
+NAMES = ("block_allocator", "paged_cache", "kv_memory_cpu", "paged_attention", "bindings")
+SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror", "-isystem", pybind11.get_include()]
 
 
@@ -87,5 +88,5 @@ class BuildExtension(build_ext):
 
 
 if __name__ == "__main__":
-    extension = Pybind11Extension("trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=["-O2", *WARNINGS])
+    extension = Pybind11Extension("trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=["-O3", *WARNINGS])
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -7,11 +7,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <memory>
 
 #include "block_allocator.h"
 #include "dlpack_tensor.h"
 #include "kv_memory.h"
+#include "paged_attention.h"
 #include "paged_cache.h"
 
 namespace py = pybind11;
@@ -125,22 +127,7 @@ class BoundMemory {
              std::uintptr_t stream) {
     require_layer(layer);
     const DLPackTensor k("k", k_owner), v("v", v_owner), slots("slot_mapping", slots_owner);
-    slots.require_dtype(dlpack::kInt, 64);
-    slots.require_shape({-1});
-    slots.require_contiguous_from(0);
-    slots.require_device(*tensor_);
-    for (const DLPackTensor* side : {&k, &v}) {
-      side->require_dtype(*tensor_);
-      side->require_shape({slots.size(0), memory_.num_heads, memory_.head_dim});
-      side->require_contiguous_from(1);
-      side->require_device(*tensor_);
-    }
-    const NewTokens tokens{k.data(),
-                           v.data(),
-                           slots.size(0) == 1 ? 0 : k.stride(0) * memory_.item_size,  // torch gives 1 any stride
-                           slots.size(0) == 1 ? 0 : v.stride(0) * memory_.item_size,
-                           reinterpret_cast<const std::int64_t*>(slots.data()),
-                           slots.size(0)};
+    const NewTokens tokens = new_tokens(k, v, slots);
     run([&] { cpu::write(memory_, layer, tokens); }, [&](cuda::Stream s) { cuda::write(memory_, layer, tokens, s); }, stream);
   }
 
@@ -160,13 +147,7 @@ class BoundMemory {
     require_layer(layer);
     const DLPackTensor tables("block_tables", tables_owner), lengths("context_lens", lengths_owner);
     const DLPackTensor k("k", k_owner), v("v", v_owner);
-    lengths.require_shape({-1});
-    tables.require_shape({lengths.size(0), -1});
-    for (const DLPackTensor* indices : {&tables, &lengths}) {
-      indices->require_dtype(dlpack::kInt, 32);
-      indices->require_contiguous_from(0);
-      indices->require_device(*tensor_);
-    }
+    Rows rows = checked_rows(tables, lengths);
     k.require_shape({lengths.size(0), memory_.num_heads, -1, memory_.head_dim});
     v.require_shape({lengths.size(0), memory_.num_heads, k.size(2), memory_.head_dim});
     for (const DLPackTensor* side : {&k, &v}) {
@@ -174,10 +155,34 @@ class BoundMemory {
       side->require_contiguous_from(0);
       side->require_device(*tensor_);
     }
-    const Rows rows{reinterpret_cast<const std::int32_t*>(tables.data()), tables.size(1),
-                    reinterpret_cast<const std::int32_t*>(lengths.data()), lengths.size(0), k.size(2)};
+    rows.num_keys = k.size(2);
     run([&] { cpu::gather(memory_, layer, rows, k.data(), v.data()); },
         [&](cuda::Stream s) { cuda::gather(memory_, layer, rows, k.data(), v.data(), s); }, stream);
+  }
+
+  void attend(std::int64_t layer, const py::object& q_owner, const py::object& k_owner, const py::object& v_owner,
+              const py::object& tables_owner, const py::object& lengths_owner, const py::object& slots_owner,
+              const py::object& out_owner) {
+    if (tensor_->device().type != dlpack::kCpu || memory_.item_size != sizeof(float)) {
+      throw std::invalid_argument("memory: expected float32 on the CPU, got values of " +
+                                  std::to_string(memory_.item_size) + " bytes on " +
+                                  DLPackTensor::text(tensor_->device()));
+    }
+    require_layer(layer);
+    const DLPackTensor q("q", q_owner), k("k", k_owner), v("v", v_owner), slots("slot_mapping", slots_owner);
+    const DLPackTensor tables("block_tables", tables_owner), lengths("context_lens", lengths_owner);
+    const DLPackTensor out("out", out_owner);
+    const NewTokens tokens = new_tokens(k, v, slots);
+    const Rows rows = checked_rows(tables, lengths);
+    lengths.require_shape({tokens.num_tokens});
+    require_tokens(q, tokens.num_tokens);
+    out.require_dtype(*tensor_);
+    out.require_shape({tokens.num_tokens, memory_.num_heads * memory_.head_dim});
+    out.require_contiguous_from(0);
+    out.require_device(*tensor_);
+    const py::gil_scoped_release released;
+    cpu::attend(memory_, layer, tokens, rows, reinterpret_cast<const float*>(q.data()),
+                byte_stride(q) / memory_.item_size, reinterpret_cast<float*>(out.data()));
   }
 
   void swap(bool out, const py::object& blocks, const py::object& host_owner, std::uintptr_t stream) {
@@ -220,6 +225,42 @@ class BoundMemory {
       throw std::invalid_argument("layer: expected 0 to " + std::to_string(memory_.num_layers - 1) + ", got " +
                                   std::to_string(layer));
     }
+  }
+
+  // [num_tokens, num_heads, head_dim] with a free first stride.
+  void require_tokens(const DLPackTensor& tensor, std::int64_t num_tokens) const {
+    tensor.require_dtype(*tensor_);
+    tensor.require_shape({num_tokens, memory_.num_heads, memory_.head_dim});
+    tensor.require_contiguous_from(1);
+    tensor.require_device(*tensor_);
+  }
+
+  // From token to token; torch gives a single one any.
+  std::int64_t byte_stride(const DLPackTensor& tensor) const {
+    return tensor.size(0) == 1 ? 0 : tensor.stride(0) * memory_.item_size;
+  }
+
+  NewTokens new_tokens(const DLPackTensor& k, const DLPackTensor& v, const DLPackTensor& slots) const {
+    slots.require_dtype(dlpack::kInt, 64);
+    slots.require_shape({-1});
+    slots.require_contiguous_from(0);
+    slots.require_device(*tensor_);
+    for (const DLPackTensor* side : {&k, &v}) require_tokens(*side, slots.size(0));
+    return {k.data(), v.data(), byte_stride(k), byte_stride(v), reinterpret_cast<const std::int64_t*>(slots.data()),
+            slots.size(0)};
+  }
+
+  Rows checked_rows(const DLPackTensor& tables, const DLPackTensor& lengths) const {
+    lengths.require_shape({-1});
+    tables.require_shape({lengths.size(0), -1});
+    for (const DLPackTensor* indices : {&tables, &lengths}) {
+      indices->require_dtype(dlpack::kInt, 32);
+      indices->require_contiguous_from(0);
+      indices->require_device(*tensor_);
+    }
+    return {reinterpret_cast<const std::int32_t*>(tables.data()), tables.size(1),
+            reinterpret_cast<const std::int32_t*>(lengths.data()), lengths.size(0),
+            std::numeric_limits<std::int64_t>::max()};
   }
 
   // One of the two twins, without the GIL.
@@ -360,6 +401,8 @@ PYBIND11_MODULE(_csrc, module) {
       .def("copy_blocks", &BoundMemory::copy_blocks, py::arg("pairs"), py::arg("stream") = 0)
       .def("gather", &BoundMemory::gather, py::arg("layer"), py::arg("block_tables"), py::arg("context_lens"),
            py::arg("k"), py::arg("v"), py::arg("stream") = 0)
+      .def("attend", &BoundMemory::attend, py::arg("layer"), py::arg("q"), py::arg("k"), py::arg("v"),
+           py::arg("block_tables"), py::arg("context_lens"), py::arg("slot_mapping"), py::arg("out"))
       .def(
           "swap_out",
           [](BoundMemory& memory, const py::object& blocks, const py::object& host, std::uintptr_t stream) {

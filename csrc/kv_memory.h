@@ -56,7 +56,7 @@ struct Rows {
   std::int64_t table_stride;
   const std::int32_t* context_lens;  // [num_rows], tokens a row
   std::int64_t num_rows;
-  std::int64_t num_keys;  // of the output; longer rows are cut
+  std::int64_t num_keys;  // longer rows are cut
 };
 
 // Rows of block tables put in a new order.
@@ -71,6 +71,9 @@ struct TablePermutation {
 
 namespace cpu {
 
+// Throws std::invalid_argument for a row that is longer than its table, or a number in it that is no block.
+void require_rows(const KVMemory& memory, const Rows& rows);
+
 // Row t of `tokens` goes to slot slot_mapping[t] of `layer`. Throws std::invalid_argument for a slot that is neither
 // -1 nor in the memory, before anything is written.
 void write(const KVMemory& memory, std::int64_t layer, const NewTokens& tokens);
@@ -80,7 +83,7 @@ void write(const KVMemory& memory, std::int64_t layer, const NewTokens& tokens);
 void copy_blocks(const KVMemory& memory, const std::int32_t* pairs, std::int64_t num_pairs);
 
 // Keys and values of one layer to `k` and `v` [num_rows, num_heads, num_keys, head_dim]; zeros after a row's end.
-// Throws std::invalid_argument for a number that is no block, before anything is written.
+// Throws as require_rows, before anything is written.
 void gather(const KVMemory& memory, std::int64_t layer, const Rows& rows, unsigned char* k, unsigned char* v);
 
 // Whole blocks to `host` [num_blocks of the list, block_bytes], or from there. `blocks` were checked.

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,20 @@ void require_block(const KVMemory& memory, std::int64_t block) {
 }
 
 }  // namespace
+
+void require_rows(const KVMemory& memory, const Rows& rows) {
+  for (std::int64_t row = 0; row < rows.num_rows; ++row) {
+    const std::int64_t length = std::min<std::int64_t>(rows.context_lens[row], rows.num_keys);
+    for (std::int64_t t = 0; t < length; t += memory.block_size) {
+      if (t / memory.block_size >= rows.table_stride) {
+        throw std::invalid_argument("context_lens: expected at most " +
+                                    std::to_string(rows.table_stride * memory.block_size) + ", got " +
+                                    std::to_string(rows.context_lens[row]));
+      }
+      require_block(memory, rows.block_tables[row * rows.table_stride + t / memory.block_size]);
+    }
+  }
+}
 
 void write(const KVMemory& memory, std::int64_t layer, const NewTokens& tokens) {
   for (std::int64_t t = 0; t < tokens.num_tokens; ++t) {
@@ -50,16 +65,7 @@ void gather(const KVMemory& memory, std::int64_t layer, const Rows& rows, unsign
     const std::int64_t length = rows.context_lens[row];
     return length < rows.num_keys ? length : rows.num_keys;
   };
-  for (std::int64_t row = 0; row < rows.num_rows; ++row) {
-    for (std::int64_t t = 0; t < tokens(row); t += memory.block_size) {
-      if (t / memory.block_size >= rows.table_stride) {
-        throw std::invalid_argument("context_lens: expected at most " +
-                                    std::to_string(rows.table_stride * memory.block_size) + ", got " +
-                                    std::to_string(rows.context_lens[row]));
-      }
-      require_block(memory, rows.block_tables[row * rows.table_stride + t / memory.block_size]);
-    }
-  }
+  require_rows(memory, rows);
   if (rows.num_keys == 0) return;  // k and v may be null then
   const std::int64_t head = memory.head_bytes();
   for (std::int64_t row = 0; row < rows.num_rows; ++row) {

@@ -38,8 +38,8 @@ class Recorder(TorchDispatchMode):
         try:
             with pytest.MonkeyPatch.context() as patch, self:
                 # not PyTorch's, so they are not seen
-                patch.setattr(_csrc.KVMemory, "write", self._noting(_csrc.KVMemory.write))
-                patch.setattr(_csrc.KVMemory, "gather", self._noting(_csrc.KVMemory.gather))
+                for name in ("write", "gather", "attend"):
+                    patch.setattr(_csrc.KVMemory, name, self._noting(getattr(_csrc.KVMemory, name)))
                 patch.setattr(_csrc, "permute_tables", self._noting(_csrc.permute_tables))
                 result = work()
         finally:

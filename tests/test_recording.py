@@ -272,6 +272,11 @@ def test_lanes_without_a_line_stay_as_they_are(search: dict[str, Any]) -> None:
     """Recorded steps of 6 lanes for 5 lines: the sixth must not outgrow tensors that are wide enough for the five."""
     settings, (_, pixels) = SearchSettings(START, (), 100, **search), network("B")
     engine, plain = (make_engine(settings, make, 8, "B") for make in (Recorder, no_recorder))
+    lines = [engine.add(picture) for picture in pixels[:6]]
+    for _ in range(4):
+        engine.step()
+    for line in lines:  # they leave a picture in the sixth lane, and a line that is not done
+        engine.cancel(line)
     with replaying(least=60):
         for start in range(0, 20, 2):
             some = pixels.roll(-start, 0)[:5]

@@ -166,6 +166,40 @@ class PagedKV:
         self._padded[block, layer, 0, offset] = k
         self._padded[block, layer, 1, offset] = v
 
+    @property
+    def can_attend(self) -> bool:
+        """Whether there is `attend`: in fp32 on a CPU."""
+        return self.memory.device.type == "cpu" and self.memory.dtype == torch.float32
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """`write` new tokens, then attend over those of each row, the new one among them.
+
+        Args:
+            q, k, v: fp32 [rows, heads, head_dim], q scaled; the first stride is free.
+            block_tables: int32 [rows, max_blocks].
+            context_lens: int32 [rows], tokens of each row.
+            slot_mapping: int64 [rows]; -1 writes nothing.
+
+        Returns:
+            [rows, heads * head_dim]; zeros for a row of length 0.
+
+        Raises:
+            ValueError: as for `write`.
+        """
+        assert self._native
+        out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+        self._native.attend(layer, q, k, v, block_tables, context_lens, slot_mapping, out)
+        return out
+
     def gather(self, layer: int, block_tables: Tensor, context_lens: Tensor, k: Tensor, v: Tensor) -> None:
         """Keys and values of rows side by side, zeros after a row's end.
 

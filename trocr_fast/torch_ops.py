@@ -83,6 +83,8 @@ def encoder_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep) -> Tensor:
+    if step.cache.can_attend:  # one call for a dozen, and no copies
+        return step.cache.attend(layer, q, k, v, step.block_tables, step.context_lens, step.slot_mapping)
     keys = q.new_empty((q.shape[0], q.shape[1], step.longest, q.shape[2]))  # [rows, heads, tokens, head_dim]
     values = torch.empty_like(keys)
     step.cache.write(layer, k, v, step.slot_mapping)

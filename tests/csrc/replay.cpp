@@ -6,6 +6,7 @@
 // After each call: what it returned, the tables and lengths equal the trace, check_integrity() is content, and every
 // sequence's bytes are its own. Exit status 1 and a line "FILE:LINE: what" if not.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <fstream>
 #include <iostream>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "../../csrc/kv_memory.h"
+#include "../../csrc/paged_attention.h"
 #include "../../csrc/paged_cache.h"
 
 namespace {
@@ -283,6 +285,31 @@ class Replay {
             }
           }
         }
+      }
+      check_attention(layer, {tables.data(), cache_.max_blocks(), lengths.data(), num_rows, num_keys}, ids);
+    }
+  }
+
+  // With queries of zero all tokens weigh the same.
+  void check_attention(std::int64_t layer, const trocr_fast::Rows& rows, const Numbers& ids) const {
+    const std::int64_t width = kHeads * kHeadDim;
+    const std::vector<float> zeros(static_cast<std::size_t>(rows.num_rows * width));
+    const Numbers nowhere(ids.size(), -1);
+    std::vector<float> out(zeros.size(), kPoison);
+    const auto* nothing = reinterpret_cast<const unsigned char*>(zeros.data());
+    trocr_fast::cpu::attend(memory_, layer,
+                            {nothing, nothing, memory_.token_bytes(), memory_.token_bytes(), nowhere.data(),
+                             rows.num_rows},
+                            rows, zeros.data(), width, out.data());
+    std::size_t place = 0;
+    for (const SequenceId id : ids) {
+      const Numbers& tokens = tokens_.at(id);
+      for (std::int64_t part = 0; part < width; ++part, ++place) {
+        double expected = 0;
+        for (const std::int64_t token : tokens) expected += value_of(token, layer, 1, part);
+        if (!tokens.empty()) expected /= static_cast<double>(tokens.size());
+        require(std::abs(out[place] - expected) <= 1e-4 * (1 + std::abs(expected)),
+                "another mean of the values of sequence " + std::to_string(id));
       }
     }
   }

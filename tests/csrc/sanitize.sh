@@ -14,7 +14,7 @@ build() { # NAME OPTION...
     shift
     "${CXX:-g++}" -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wshadow -Wconversion -Werror "$@" \
         csrc/block_allocator.cpp csrc/paged_cache.cpp csrc/kv_memory_cpu.cpp csrc/kv_memory_no_cuda.cpp \
-        tests/csrc/replay.cpp -pthread -o "$folder/$name"
+        csrc/paged_attention.cpp tests/csrc/replay.cpp -pthread -o "$folder/$name"
 }
 
 echo "AddressSanitizer, UndefinedBehaviorSanitizer"

@@ -24,7 +24,7 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["csrc", "examples", "kernels", "pyproject.toml", "setup.py", "tests", "trocr_fast"]
-SOURCES = ["block_allocator", "paged_cache", "kv_memory_cpu", "kv_memory_no_cuda", "bindings"]
+SOURCES = ["block_allocator", "paged_cache", "kv_memory_cpu", "kv_memory_no_cuda", "paged_attention", "bindings"]
 EXTENSION = f"trocr_fast/_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
 LIMIT_S = 300  # of one run of the tests
 
