@@ -1,5 +1,5 @@
 // The bytes behind the blocks: writing keys and values, copying blocks, gathering rows, moving blocks to host memory
-// and back. Every operation exists twice, in kv_memory_cpu.cpp and kv_memory_cuda.cu, and leaves the same bytes.
+// and back. Every operation on them exists twice, in kv_memory_cpu.cpp and kv_memory_cuda.cu, and leaves the same bytes.
 // Values are only moved, so that fp32, fp16 and bf16 differ by their size alone.
 //
 // Pointers and sizes are trusted here; bindings.cpp has checked them. CUDA operations are enqueued on `stream` and

@@ -2,11 +2,13 @@
 
 import gc
 import random
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,12 +17,13 @@ from torch import Tensor
 
 from tests.parity.models import Case, build, pictures
 from tests.recorder import Recorder
+from trocr_fast import ops
 from trocr_fast.config import Architecture
 from trocr_fast.engine import Engine
 from trocr_fast.lanes import Lanes
 from trocr_fast.model import Network
 from trocr_fast.picture_encoder import MOST_RECORDED, PictureEncoder
-from trocr_fast.recording import Recordings, no_recorder, padded
+from trocr_fast.recording import CudaRecorder, Recordings, give_back, no_recorder, padded
 from trocr_fast.search import Hypothesis, Sampling, SearchSettings, make_processors
 
 START = 2
@@ -187,6 +190,105 @@ def test_what_cannot_be_recorded_is_called_with_one_warning() -> None:
         warnings.simplefilter("error")
         for version in ("here", "there"):
             assert torch.equal(recordings.run(work, 5, version), work.source[:5] * 2)
+
+
+def test_another_choice_of_backends_is_another_recording() -> None:
+    work, recordings = Doubled(), Recordings(Recorder(), most=8)
+    for _ in range(3):
+        recordings.run(work, 4, "here")
+    assert len(work.calls) == 2
+    with ops.use("linear=torch"):
+        for _ in range(3):
+            recordings.run(work, 4, "here")
+    assert len(work.calls) == 4
+
+
+# CUDA graphs, where their calls do nothing
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph is called for."""
+
+    fails = False
+
+    def capture_begin(self, **_: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        if self.fails:
+            raise RuntimeError("the recording is broken")
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Lets `CudaRecorder` run without a GPU; gives what it has asked of the device."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: asked.append("pool"))
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: asked.append("synchronize"))
+    give_back()
+    yield asked
+    give_back()
+
+
+def test_an_arena_is_lent_to_one_recorder_after_another(graphs: list[str]) -> None:
+    device = torch.device("cuda", 0)
+    first, second = CudaRecorder(device), CudaRecorder(device)
+    for recorder in (first, second, first):
+        _, result = recorder(lambda: 3)
+        assert result == 3
+    assert graphs == ["pool", "pool"] and first._arena is not second._arena
+    arena = first._arena
+    del first, recorder
+    third = CudaRecorder(device)
+    third(lambda: None)
+    assert third._arena is arena and graphs == ["pool", "pool", "synchronize"]
+    del second
+    give_back()
+    CudaRecorder(device)(lambda: None)
+    assert graphs == ["pool", "pool", "synchronize", "pool"]
+
+
+def test_an_arena_is_not_used_again_once_a_recording_has_failed(
+    graphs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    recorder(lambda: None)
+    monkeypatch.setattr(Graph, "fails", True)
+
+    def fail() -> None:
+        raise ValueError("what went wrong first")
+
+    with pytest.raises(ValueError, match="what went wrong first"):
+        recorder(fail)
+    with monkeypatch.context() as working:
+        working.setattr(Graph, "fails", False)
+        recorder(lambda: None)
+    assert graphs == ["pool", "pool"]
+    with pytest.raises(RuntimeError, match="the recording is broken"):
+        recorder(lambda: None)
+    assert gc.isenabled()
+
+
+def test_recordings_of_many_threads_leave_the_garbage_collector_as_it_was(graphs: list[str]) -> None:
+    is_off = []
+
+    def work() -> None:
+        is_off.append(not gc.isenabled())
+        time.sleep(0.01)
+
+    threads = [Thread(target=CudaRecorder(torch.device("cuda", 0)), args=(work,)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert is_off == [True] * 6 and gc.isenabled()
 
 
 # Pictures
@@ -365,6 +467,8 @@ def test_steps_that_cannot_be_recorded_are_called(search: dict[str, Any]) -> Non
     engine = make_engine(settings, Broken, len(pixels))
     with pytest.warns(UserWarning, match="no graph") as warned:
         found = run(engine, pixels)
+        engine._reset()  # as after an error
+        assert_same(run(engine, pixels), found)
     assert len(warned) == 1
     assert_same(found, run(make_engine(settings, no_recorder, len(pixels)), pixels))
 
@@ -390,7 +494,7 @@ def test_an_engine_goes_with_its_last_reference(make_recorder: Any) -> None:
         gc.enable()
 
 
-# CUDA graphs
+# CUDA graphs themselves
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from trocr_fast.errors import CheckpointError
 from trocr_fast.generate_call import Call
 from trocr_fast.kept_engine import KeptEngine
 from trocr_fast.model import Network
+from trocr_fast.recording import give_back
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -55,7 +56,8 @@ def accelerate(
     Tokens are transformers' in float32. What differs:
 
     - `past_key_values` of the result is None, and the engine's weights take memory beside the model's: query, key and
-      value projections are held twice, on a CPU in fp32 all linear layers.
+      value projections are held twice, on a CPU in fp32 all linear layers. On a GPU so does what was recorded as CUDA
+      graphs, until `undo()`.
     - Positions beyond the table raise ValueError with a remedy, where transformers raises IndexError, or a device-side
       assertion; pixels of another shape raise ValueError with the shape that was expected; so does an empty batch.
     - A decoder with sinusoidal positions, which transformers 5 cannot run after loading, just works.
@@ -90,6 +92,7 @@ class Acceleration:
         if self._model.__dict__.get("generate") == self.generate:
             del self._model.generate
         self.refresh()
+        give_back()
 
     def __enter__(self) -> VisionEncoderDecoderModel:
         model: VisionEncoderDecoderModel = self._model
@@ -106,9 +109,8 @@ class Acceleration:
             self._structure: list[Any] | None = None  # as looked at when what follows was made
             self._weights: list[Any] = []
             self._held: dict[str, Tensor] = {}  # those weights: no others can come to lie where they do
-            self._network: Network | None = None
-            self._engines = KeptEngine()
-            self._reason: str | None = None  # why there is no network
+            self._engines: KeptEngine | None = None
+            self._reason: str | None = None  # why there are none
             self._model_reason: str | None = None  # whatever the weights are
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,9 +127,9 @@ class Acceleration:
         call = Call.resolve(model, arguments, settings)
         if call is None:
             return own(model, *arguments, **settings)
-        network, reason = (None, call.reason) if call.reason else self._current_network()
-        if network is not None:
-            return call.run(network, self._engines)
+        engines, reason = (None, call.reason) if call.reason else self._current_engines()
+        if engines is not None:
+            return call.run(engines)
         if self._unsupported == "raise":
             raise NotImplementedError(f"generate: {reason}")
         warnings.warn(f"trocr_fast leaves this call to the original generate(): {reason}", FallbackWarning, 2)
@@ -135,8 +137,8 @@ class Acceleration:
 
     generate.__signature__ = inspect.signature(VisionEncoderDecoderModel.generate)  # type: ignore[attr-defined]
 
-    def _current_network(self) -> tuple[Network | None, str | None]:
-        """The engine with the model's present weights, or why there is none."""
+    def _current_engines(self) -> tuple[KeptEngine | None, str | None]:
+        """Engines with the model's present weights, or why there are none."""
         with self._lock:
             structure, weights = fallbacks.look_at(self._model)
             if structure != self._structure:
@@ -145,16 +147,17 @@ class Acceleration:
                 self._structure, self._weights = structure, weights
                 named = fallbacks.named_weights(self._model)
                 self._held = {name: parameter.detach() for name, parameter in named.items()}
-                self._network, self._reason = None, self._model_reason
-                self._engines.forget()  # they hold the weights of before
+                self._engines, self._reason = None, self._model_reason
                 if self._reason is None:
-                    self._network, self._reason = self._build(named)
-            return self._network, self._reason
+                    self._engines, self._reason = self._build(named)
+            return self._engines, self._reason
 
-    def _build(self, named: dict[str, nn.Parameter]) -> tuple[Network | None, str | None]:
+    def _build(self, named: dict[str, nn.Parameter]) -> tuple[KeptEngine | None, str | None]:
         try:
             config = Architecture.from_dict(self._model.config.to_dict(), "model.config")
         except CheckpointError as error:
             return None, str(error)
         reason = fallbacks.of_weights(named, config)
-        return (Network(config, self._held, self._cross_memory), None) if reason is None else (None, reason)
+        if reason is not None:
+            return None, reason
+        return KeptEngine(Network(config, self._held, self._cross_memory)), None

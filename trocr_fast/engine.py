@@ -66,7 +66,7 @@ class Engine:
         table: for uint8 pictures: fp32 [channels, 256], the normalised value of each of the 256 values.
         late: whether the host learns of a step when the next one has begun; by default on a GPU.
         make_recorder: of what the device does in a step, and to encode a few pictures; by default of CUDA graphs on a
-            GPU where the host is late.
+            GPU. For a late host only.
 
     Used by one thread at a time.
     """
@@ -90,8 +90,10 @@ class Engine:
         self._settings, self._num_blocks = settings, num_blocks
         self._late = network.device.type == "cuda" if late is None else late
         if make_recorder is None:
-            make_recorder = partial(cuda_recorder, network.device) if self._late else no_recorder
-        self._recorder = make_recorder()
+            make_recorder = partial(cuda_recorder, network.device)
+        if not self._late:
+            make_recorder = no_recorder
+        self._recordings = Recordings(make_recorder() if settings.is_recordable else None, num_lanes)
         on_gpu = network.device.type == "cuda"
         self._stream = torch.cuda.current_stream(network.device) if on_gpu else None
         self._encoder = PictureEncoder(network, table, make_recorder())
@@ -116,20 +118,24 @@ class Engine:
         self._longest = 0  # tokens of a row in the last step
         self._found: Found = []  # not given out yet
         # What is large goes before its like comes: memory may be what there was too little of.
-        for name in ("_recordings", "lanes", "_search", "_memory"):
+        self._recordings.forget()
+        for name in ("lanes", "_search", "_memory"):
             self.__dict__.pop(name, None)
         config, dtype, device = network.decoder.config, network.dtype, network.device
         sizes = capacity.num_lanes, capacity.num_beams
         self.lanes: Lanes = Lanes(config, *sizes, dtype, device, self._num_blocks, self._late)
         self._search: Search = make_search(self._settings, capacity.num_lanes, device)
         self._memory: CrossMemory = network.slots(capacity.num_lanes)  # a slot for each lane
-        recorder = self._recorder if self._search.is_recordable else None
-        self._recordings = Recordings(recorder, capacity.num_lanes)
 
     @property
     def is_idle(self) -> bool:
         """No line is waiting or being decoded, no result is to come."""
         return self.scheduler.is_idle and not (self._left or self._found)
+
+    @property
+    def has_recordings(self) -> bool:
+        """Whether steps are recorded: what a call like the last one would gain by this engine."""
+        return self._recordings.is_on
 
     def __contains__(self, line: int) -> bool:
         """Whether a line was added, and neither its result given nor the line cancelled."""

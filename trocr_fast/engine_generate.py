@@ -12,7 +12,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process, stopping_criteria
 
 from trocr_fast.kept_engine import KeptEngine
-from trocr_fast.model import Network
 from trocr_fast.search import SearchSettings
 
 MAX_LANES = 64  # pictures decoded at a time; the others wait, and keep the batch full
@@ -66,7 +65,6 @@ def _is_own(criterion: Any, config: GenerationConfig) -> bool:
 
 
 def decode(
-    network: Network,
     engines: KeptEngine,
     pixels: Tensor,
     count_pads: bool,
@@ -77,7 +75,6 @@ def decode(
     """Token ids as transformers returns them; None if scores were not finite, which its own loop does not mind.
 
     Args:
-        engines: to take one from.
         pixels: [batch, channels, H, W].
         count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
         processors, config: as resolved by transformers.
@@ -97,7 +94,7 @@ def decode(
         num_return_sequences=config.num_return_sequences or 1,
         processors=tuple(processors),
     )
-    with engines.lend(network, settings, min(len(pixels), MAX_LANES), count_pads=count_pads) as engine:
+    with engines.lend(settings, min(len(pixels), MAX_LANES), count_pads) as engine:
         hypotheses = [hypothesis for found in engine.decode(pixels) for hypothesis in found]
     if any(hypothesis.failed for hypothesis in hypotheses):
         return None

@@ -61,17 +61,17 @@ class Call:
         reason = fallbacks.of_call(named, config, others) or fallbacks.of_sources(sources, model)
         return cls(model, arguments, settings, config, sources, reason) if reason or len(sources) == 1 else None
 
-    def run(self, network: Network, engines: KeptEngine) -> ModelOutput | Tensor:
+    def run(self, engines: KeptEngine) -> ModelOutput | Tensor:
         """What `generate` returns. Only without a `reason`."""
         (source,) = self.sources.values()
         if "encoder_outputs" in self.sources:
             num_lines, num_tokens = source.last_hidden_state.shape[:2]
-            decode = DecodeCache(network, engines, self.config.use_cache, encoded=source.last_hidden_state)
+            decode = DecodeCache(engines, self.config.use_cache, encoded=source.last_hidden_state)
         else:
             num_lines, num_tokens = len(source), 1
-            decode = DecodeCache(network, engines, self.config.use_cache, pixels=source)
+            decode = DecodeCache(engines, self.config.use_cache, pixels=source)
         # Has to be there, and is repeated for every beam: what decoding looks at is in the cache.
-        stand_in: Any = torch.empty(num_lines, num_tokens, 1, device=network.device)
+        stand_in: Any = torch.empty(num_lines, num_tokens, 1, device=engines.network.device)
         fast: Any = object.__new__(_fast_class(type(self.model)))  # type: ignore[arg-type]
         fast.__dict__ = self.model.__dict__
         settings = {
@@ -135,7 +135,7 @@ class DecodeCache:
     Either transformers' loop asks for one step after another (`feed`, `reorder_cache`), or the engine does all (`run`).
 
     Args:
-        engines: to take one from.
+        engines: of the network.
         count_pads: the rule of sinusoidal positions, as of `Decoder.positions`.
         pixels: of the lines, [lines, channels, H, W].
         encoded: in place of pixels, what the encoder makes of them, [lines, tokens, encoder width].
@@ -148,12 +148,12 @@ class DecodeCache:
 
     def __init__(
         self,
-        network: Network,
         engines: KeptEngine,
         count_pads: bool,
         pixels: Tensor | None = None,
         encoded: Tensor | None = None,
     ) -> None:
+        network = engines.network
         if pixels is not None:
             if len(pixels) == 0:
                 raise ValueError(f"pixel_values: expected at least one picture, got shape {list(pixels.shape)}")
@@ -205,9 +205,7 @@ class DecodeCache:
         """Token ids, int64 [rows, longest], or None, as `trocr_fast.engine_generate.decode` gives them."""
         if self._pixels is None:  # the engine takes nothing else
             return None
-        return engine_generate.decode(
-            self._network, self._engines, self._pixels, self._count_pads, start_token, processors, config
-        )
+        return engine_generate.decode(self._engines, self._pixels, self._count_pads, start_token, processors, config)
 
 
 @cache

@@ -68,6 +68,11 @@ def parse(text: str) -> dict[str, str]:
 _chosen = parse(os.environ.get("TROCR_FAST_OPS", ""))
 
 
+def chosen() -> tuple[tuple[str, str], ...]:
+    """What `use` and TROCR_FAST_OPS have chosen, as (operation, backend)."""
+    return tuple(sorted(_chosen.items()))
+
+
 @contextmanager
 def use(text: str) -> Iterator[None]:
     """Choose backends, as TROCR_FAST_OPS does, for the time of a `with` block, in all threads.

@@ -12,10 +12,13 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from threading import Lock
+from functools import partial
+from threading import RLock
 from typing import Generic, TypeVar
 
 import torch
+
+from trocr_fast import ops
 
 T = TypeVar("T")
 Work = Callable[[], T]
@@ -42,16 +45,16 @@ class _Arena:
             self._anchor, _ = self.capture(lambda: None)  # the pool would go with its last graph
 
     def capture(self, work: Work[T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """Only under the lock."""
         graph = torch.cuda.CUDAGraph()
+        # Made for each thread, which cannot be done while recording. Its workspace, whose address a graph keeps, is one
+        # for each stream: here it is allocated by the first recording on this one, in the pool.
+        torch.cuda.current_blas_handle()
         collects = gc.isenabled()
-        with _CAPTURING, torch.cuda.stream(self.stream):
-            torch.cuda.current_blas_handle()  # made for each thread, and not while recording
-            # A graph keeps the address of cuBLAS's workspace, which torch has one of for each stream: it has to be the
-            # graph's own.
-            torch._C._cuda_clearCublasWorkspaces()
-            gc.disable()  # a graph that is collected would end the recording
-            try:
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may go on
+        gc.disable()  # a graph that is collected would end the recording
+        try:
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may launch
                 try:
                     result = work()
                 except BaseException:
@@ -59,15 +62,23 @@ class _Arena:
                         graph.capture_end()
                     raise
                 graph.capture_end()
-            finally:
-                if collects:
-                    gc.enable()
-                torch._C._cuda_clearCublasWorkspaces()
+        finally:
+            if collects:
+                gc.enable()
         return graph, result
 
 
-_CAPTURING = Lock()
+# Nobody waits for the device while another thread records, which would end the recording; and torch before 2.13 neither
+# replays nor draws random numbers then.
+_LOCK = RLock()
 _FREE: defaultdict[torch.device, list[_Arena]] = defaultdict(list)  # arenas that nobody records in
+
+
+def give_back() -> None:
+    """Let torch have the memory of recordings that are gone."""
+    with _LOCK:
+        for arenas in _FREE.values():
+            arenas.clear()
 
 
 class CudaRecorder:
@@ -78,25 +89,31 @@ class CudaRecorder:
         self._arena: _Arena | None = None  # from the first recording on
 
     def __call__(self, work: Work[T]) -> tuple[Callable[[], None], T]:
-        if self._arena is None:
-            self._arena = self._borrow()
-        try:
-            graph, result = self._arena.capture(work)
-        except BaseException:
-            self._giving_back.detach()  # who knows what it is good for
-            raise
-        return graph.replay, result
+        with _LOCK:
+            if self._arena is None:
+                self._arena = self._borrow()
+            try:
+                graph, result = self._arena.capture(work)
+            except BaseException:
+                self._giving_back.detach()  # who knows what it is good for
+                self._arena = None
+                raise
+        return partial(_replay, graph), result
 
     def _borrow(self) -> _Arena:
         free = _FREE[self._device]
         if free:
-            torch.cuda.synchronize(self._device)  # graphs of who had it before may still run
-        try:
             arena = free.pop()
-        except IndexError:
+            torch.cuda.synchronize(self._device)  # graphs of who had it before may still run
+        else:
             arena = _Arena(self._device)
         self._giving_back = weakref.finalize(self, free.append, arena)
         return arena
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> None:
+    with _LOCK:
+        graph.replay()
 
 
 def cuda_recorder(device: torch.device) -> CudaRecorder | None:
@@ -136,6 +153,10 @@ class Recordings(Generic[T]):
         """Whether anything is recorded."""
         return self._recorder is not None
 
+    def forget(self) -> None:
+        """Let all recordings go."""
+        self._recordings = {}
+
     def run(self, work: Callable[[int], T], size: int, version: Hashable) -> T:
         """What a function gives for a size from `size`; the next call may overwrite it.
 
@@ -145,6 +166,7 @@ class Recordings(Generic[T]):
         """
         if self._recorder is None:
             return work(size)
+        version = version, ops.chosen()
         if version != self._version:
             self._recordings, self._version = {}, version
         if size not in self._recordings:
@@ -156,13 +178,13 @@ class Recordings(Generic[T]):
             try:
                 recording = self._recordings[size] = self._recorder(lambda: work(size))
             except RuntimeError as error:
+                self._recorder, self._recordings = None, {}
                 # torch before 2.13 may hold on to memory that was freed meanwhile
                 warnings.warn(
                     f"CUDA graphs could not be recorded, which makes small batches slower ({SWITCH}=0 does not try): "
                     f"{error!r}",
                     stacklevel=2,
                 )
-                self._recorder, self._recordings = None, {}
         if recording is None:  # out of the handler, whose error holds on to memory
             return work(size)
         replay, result = recording

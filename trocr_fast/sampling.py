@@ -22,7 +22,6 @@ class SampleSearch(GreedySearch):
         super().__init__(settings, num_lanes, device)
         assert settings.sampling is not None
         self._warpers = make_warpers(settings.sampling, device)
-        self.is_recordable &= settings.sampling.eta_cutoff == 0  # whose warper waits for the device, to check its input
         self._seed = torch.tensor(settings.sampling.seed, dtype=torch.int64, device=device)
 
     def _new_line(self, device: torch.device) -> dict[str, Tensor]:

@@ -108,6 +108,14 @@ class SearchSettings:
     processors: Sequence[Processor] = ()
     sampling: Sampling | None = None  # None: the best token, or the best beams
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether choosing tokens is nothing but work for the device, the same at every step.
+
+        Processors look at lengths that the host knows; the warper of `eta_cutoff` waits for the device.
+        """
+        return not self.processors and (self.sampling is None or self.sampling.eta_cutoff == 0)
+
     @classmethod
     def greedy(cls, generation: GenerationDefaults, max_length: int) -> "SearchSettings":
         """Greedy search with a checkpoint's start and end tokens."""
@@ -143,7 +151,6 @@ class Search(Protocol):
 
     RESULT: tuple[str, ...]  # the tensors of `lines` that hold what was found
     lines: LaneTensors  # "limit" is the length at which a line is cut; it may be set for each
-    is_recordable: bool  # whether `tokens` and `choose` are nothing but work for the device, the same at every step
 
     def tokens(self, num_lanes: int) -> Tensor:
         """What to feed next to the rows of the first lanes, int64 [rows]."""
@@ -156,7 +163,7 @@ class Search(Protocol):
 
         Args:
             x: [rows, width], from `Decoder.step`.
-            lengths: tokens of each line so far, int64 [lanes]; looked at unless `is_recordable`.
+            lengths: tokens of each line so far, int64 [lanes]; looked at unless the settings are recordable.
         """
         ...
 
@@ -184,7 +191,7 @@ class GreedySearch:
     RESULT: tuple[str, ...] = ("tokens", "log_probs", "length")
 
     def __init__(self, settings: SearchSettings, num_lanes: int, device: torch.device) -> None:
-        self._settings, self.is_recordable = settings, not settings.processors
+        self._settings = settings
         self._end_tokens = torch.tensor(settings.end_tokens, dtype=torch.int64, device=device)
         self.lines = LaneTensors(num_lanes, self._new_line(device), by_token=("tokens", "log_probs"))
 
@@ -248,7 +255,7 @@ class BeamSearch:
     RESULT: tuple[str, ...] = ("finished_tokens", "finished_log_probs", "finished_lengths", "finished_scores")
 
     def __init__(self, settings: SearchSettings, num_lanes: int, device: torch.device) -> None:
-        self._settings, self.is_recordable = settings, not settings.processors
+        self._settings = settings
         self._end_tokens = torch.tensor(settings.end_tokens, dtype=torch.int64, device=device)
         beams = settings.num_beams
         tokens = torch.full((beams, FIRST_COLUMNS), settings.start_token, dtype=torch.int64, device=device)

@@ -26,6 +26,7 @@ from trocr_fast.kept_engine import KeptEngine
 from trocr_fast.line import Line
 from trocr_fast.model import Model
 from trocr_fast.places import CLOSED
+from trocr_fast.recording import give_back
 from trocr_fast.search import Hypothesis, Sampling, SearchSettings, make_processors
 from trocr_fast.text import TextDecoder
 
@@ -52,7 +53,7 @@ class TrOCR:
         self.images = images
         self.text = text
         self._async_engine: AsyncEngine | None = None
-        self._engines = KeptEngine()
+        self._engines = KeptEngine(model)
         self._closed, self._opening = False, Lock()
 
     @classmethod
@@ -258,7 +259,7 @@ class TrOCR:
                 failure = error
 
         count_pads, table = self.model.config.generation.use_cache, torch.from_numpy(self.images.table)
-        with self._engines.lend(self.model, settings, batch_size, count_pads=count_pads, table=table) as engine:
+        with self._engines.lend(settings, batch_size, count_pads, table) as engine:
             for found in engine.decode(pixels()):
                 path, error = taken.popleft()
                 if error is not None:
@@ -362,6 +363,7 @@ class TrOCR:
             self._closed = True
         if self._async_engine is not None:
             self._async_engine.close()
+        give_back()
 
     def __enter__(self) -> "TrOCR":
         return self
@@ -460,7 +462,7 @@ class TrOCR:
                 f"generate: not possible on this engine: {call.reason}. Load {self.folder} with transformers' "
                 "VisionEncoderDecoderModel.from_pretrained and accelerate() that: such calls then go to transformers"
             )
-        return call.run(self.model, self._engines)
+        return call.run(self._engines)
 
     @cached_property
     def _weightless_model(self) -> Any:

@@ -67,13 +67,13 @@ def test_memory_is_released(pixels: Tensor) -> None:
     model = copy.deepcopy(lively()[0])
     handle = accelerate(model)
     model.generate(pixels, max_length=5)
-    network = weakref.ref(handle._network)
+    network = weakref.ref(handle._engines.network)
     assert network() is not None
     handle.undo()
     assert network() is None and not handle._held
     handle = accelerate(model)
     model.generate(pixels, max_length=5)
-    gone = weakref.ref(model), weakref.ref(handle._network)
+    gone = weakref.ref(model), weakref.ref(handle._engines.network)
     del model, handle
     gc.collect()
     assert [one() for one in gone] == [None, None]

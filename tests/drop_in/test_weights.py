@@ -168,7 +168,7 @@ def test_copies_have_their_own_weights(
 
 def test_looking_at_the_model_draws_no_random_numbers(model: VisionEncoderDecoderModel) -> None:
     before = torch.get_rng_state()
-    assert model.generate.__self__._current_network()[1] is None
+    assert model.generate.__self__._current_engines()[1] is None
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -182,7 +182,7 @@ def test_looking_at_the_model_leaves_the_default_dtype(
     found = []
     own = torch.set_default_dtype
     monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (found.append(dtype), own(dtype)))
-    assert model.generate.__self__._current_network()[1] is None
+    assert model.generate.__self__._current_engines()[1] is None
     assert {*found} <= {torch.float32}
     assert model.config.dtype == torch.bfloat16
 
@@ -190,11 +190,11 @@ def test_looking_at_the_model_leaves_the_default_dtype(
 def test_weights_are_taken_once(model: VisionEncoderDecoderModel, pixels: Tensor) -> None:
     handle = model.generate.__self__
     model.generate(pixels, max_length=5)
-    network = handle._network
+    engines = handle._engines
     model.generate(pixels, max_length=5, num_beams=2)
     model(pixels, decoder_input_ids=torch.full((5, 1), 2))
     model.generate(pixels, max_length=5)
-    assert handle._network is network
+    assert handle._engines is engines
 
 
 class Lines(torch.utils.data.Dataset):
