@@ -94,10 +94,11 @@ def test_an_engine_that_was_left_in_the_middle_or_with_long_lines_is_not_kept(
         assert busy is not failed
         busy.add(pixels[0])
         busy.step()
+    with engines.lend(settings, 2, True) as engine:
+        assert engine is not busy
     long = replace(settings, end_tokens=(), max_length=60)
     for max_length, is_kept in ((20, True), (None, False)):
         with engines.lend(long, 2, True) as engine:
-            assert engine is not busy
             engine.add(pixels[0], max_length)
             while not engine.is_idle:
                 engine.step()
