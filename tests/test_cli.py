@@ -187,7 +187,8 @@ def test_list_on_stdin() -> None:
         (["read", SAMPLES[0], "--num-beams", "0"], "--num-beams"),
         (["read", SAMPLES[0], "--token-log-probs"], "expected --format jsonl beside it, got text"),
         (["evaluate", ROOT / "tests" / "checkpoints"], "pictures"),
-        (["evaluate", ""], "no truth"),
+        (["evaluate", "nothing.png"], "no truth: expected nothing.gt.txt beside the pictures, or a labels.csv"),
+        (["read", ""], "expected a picture, a folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

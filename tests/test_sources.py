@@ -166,6 +166,8 @@ def test_standard_input_is_the_default(monkeypatch):
         (["list.txt"], "'list.txt': expected a list of paths"),
         (["nowhere.txt"], "'nowhere.txt': expected a list that can be read"),
         (["a/2.gt.txt"], "text"),
+        (["a.png", "nowhere"], "'nowhere': expected a picture, a folder, a glob or a list, found nothing of that name"),
+        (["nowhere/"], "found nothing of that name"),
     ],
 )
 def test_wrong_usage_is_found_before_the_first_path(tree, paths, reason):

@@ -1,7 +1,9 @@
 """The public class on the built-in model and on small models of transformers."""
 
+import copy
 import itertools
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import trocr_fast
 from tests.parity.models import Case, build, lively_reference, save
 from trocr_fast import CheckpointError, TrOCR
 from trocr_fast.checkpoint import BUILTIN
@@ -299,3 +302,21 @@ def test_formats_can_be_narrowed() -> None:
 def test_cross_memory_that_measured_faster(name: str, device: str, expected: str) -> None:
     config = CheckpointConfig.from_folder(Path(__file__).parent / "checkpoints" / name)
     assert choose_kind(config.decoder, config.encoder.num_tokens, torch.device(device)) == expected
+
+
+def test_a_copy_or_what_was_pickled_loads_the_checkpoint_again() -> None:
+    ocr = TrOCR.from_pretrained(device="cpu", cross_memory="latent", max_image_mpixels=0.02)
+    expected = list(ocr.read(SAMPLES[:6]))
+    pickled = pickle.dumps(ocr)
+    assert len(pickled) < 2000
+    for again in (pickle.loads(pickled), copy.deepcopy(ocr)):
+        assert again.model.cross_memory == "latent" and again.model is not ocr.model
+        assert list(again.read(SAMPLES[:6])) == expected
+    assert {line.error is None for line in expected} == {True, False}
+    with pytest.raises(TypeError, match="expected one that `from_pretrained` made"):
+        pickle.dumps(TrOCR(ocr.folder, ocr.model, ocr.images, ocr.text))
+
+
+def test_public_names_are_listed() -> None:
+    assert {*trocr_fast.__all__} <= {*dir(trocr_fast)}
+    assert all(getattr(trocr_fast, name).__name__ == name for name in trocr_fast.__all__)

@@ -7,16 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trocr_fast.async_engine import AsyncEngine
     from trocr_fast.drop_in import FallbackWarning, accelerate
-    from trocr_fast.errors import CheckpointError, PictureError, TrocrFastError
+    from trocr_fast.errors import CheckpointError, PictureError, TrocrFastError, UsageError
     from trocr_fast.line import Line
     from trocr_fast.trocr import TrOCR
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["CheckpointError", "FallbackWarning", "Line", "PictureError", "TrOCR", "TrocrFastError", "accelerate"]
+__all__ = [
+    "AsyncEngine",
+    "CheckpointError",
+    "FallbackWarning",
+    "Line",
+    "PictureError",
+    "TrOCR",
+    "TrocrFastError",
+    "UsageError",
+    "accelerate",
+]
 
 _HOME = {
+    "AsyncEngine": "trocr_fast.async_engine",
     "TrOCR": "trocr_fast.trocr",
     "accelerate": "trocr_fast.drop_in",
     "FallbackWarning": "trocr_fast.drop_in",
@@ -24,6 +36,7 @@ _HOME = {
     "CheckpointError": "trocr_fast.errors",
     "PictureError": "trocr_fast.errors",
     "TrocrFastError": "trocr_fast.errors",
+    "UsageError": "trocr_fast.errors",
 }
 
 
@@ -31,3 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'trocr_fast' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

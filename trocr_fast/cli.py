@@ -83,8 +83,20 @@ FormatsOption = Annotated[
 ]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from trocr_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 

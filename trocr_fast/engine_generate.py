@@ -41,9 +41,10 @@ def is_possible(
     streamer: Any,
 ) -> bool:
     """Whether the engine decodes this call; the arguments are those of transformers' decoding loops."""
-    num_beams = config.num_beams or 1
+    num_beams = 1 if config.num_beams is None else config.num_beams
     return (
-        not config.do_sample
+        num_beams > 0  # else transformers has its own error
+        and not config.do_sample
         and not config.return_dict_in_generate
         and streamer is None
         and input_ids.shape[1] == 1  # no prompt but the start token, the same for all

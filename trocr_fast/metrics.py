@@ -145,7 +145,8 @@ def find_truths(paths: Iterable[Path]) -> list[Truth]:
             missing.append(beside)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise TruthError(f"no truth: expected {', '.join(map(str, missing[:3]))}{more} beside the pictures")
+        beside_them = f"{', '.join(map(str, missing[:3]))}{more} beside the pictures"
+        raise TruthError(f"no truth: expected {beside_them}, or a labels.csv, .tsv or .jsonl by its name")
     return truths
 
 

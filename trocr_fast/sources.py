@@ -6,7 +6,7 @@
 | a folder | its pictures (by suffix), subfolders included, in sorted order |
 | a glob (`*`, `?`, `[...]`, `**`) | pictures that match, and all those in folders that match, sorted so too |
 | a file ending in `.txt` | the lines of the list, each the path of a picture from the current folder |
-| anything else | itself, whether it exists or not: reading it then gives a picture or an error row |
+| anything else that exists, or ends as a picture | itself: reading it then gives a picture or an error row |
 
 A path that exists is never taken for a glob. The names of a folder are sorted, files and subfolders together,
 and only those of the folders on the way down are held in memory. Names that begin with a dot are skipped
@@ -15,7 +15,8 @@ themselves, so there are no loops. A subfolder that can't be listed is given its
 Names that are no UTF-8 pass as Python's surrogate escapes; a name that holds a line feed passes in every way
 but a list.
 
-An empty folder, a glob without a match and an empty list are wrong usage: most likely a mistyped PATH.
+An empty folder, a glob without a match, an empty list and a name that neither exists nor ends as a picture are wrong
+usage: most likely a mistyped PATH.
 Standard input may be empty, as the end of a pipe that found nothing.
 """
 
@@ -51,9 +52,9 @@ def find_pictures(paths: Sequence[str], stdin: IO[bytes] | None = None) -> Itera
         stdin: read for the PATH `-`; by default standard input.
 
     Raises:
-        UsageError: no PATH; an empty folder, glob or list; a list that can't be read; a transcription
-            (NAME.gt.txt) given as a list. All at once, before the first path. A line longer than any path can
-            be is cut, and becomes an error row.
+        UsageError: no PATH; an empty folder, glob or list; a name that is nothing; a list that can't be read; a
+            transcription (NAME.gt.txt) given as a list. All at once, before the first path. A line longer than any
+            path can be is cut, and becomes an error row.
     """
     if not paths:
         raise UsageError("expected at least one PATH, got none")
@@ -72,6 +73,8 @@ def _expand(path: str, stdin: IO[bytes] | None) -> Iterable[str]:
     if _is_glob(path):
         base, parts = _split_glob(path)
         return _not_empty(_walk(base, parts), f"{path!r}: expected a glob that matches pictures, found none")
+    if not os.path.lexists(path) and not _is_picture(path):
+        raise UsageError(f"{path!r}: expected a picture, a folder, a glob or a list, found nothing of that name")
     return [path]
 
 

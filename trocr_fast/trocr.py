@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ class TrOCR:
         self.text = text
         self._async_engine: AsyncEngine | None = None
         self._engines = KeptEngine(model)
+        self._arguments: dict[str, Any] | None = None  # of `from_pretrained`
         self._closed, self._opening = False, Lock()
 
     @classmethod
@@ -101,7 +102,24 @@ class TrOCR:
                 f"{folder}: the picture settings give pixels of {size[0]}x{size[1]} (height x width), "
                 f"config.json's encoder.image_size expects {expected[0]}x{expected[1]}"
             )
-        return cls(folder, loaded, images, text)
+        ocr = cls(folder, loaded, images, text)
+        ocr._arguments = {
+            "model": folder.resolve(),
+            "device": chosen_device,
+            "dtype": chosen_dtype,
+            "cross_memory": loaded.cross_memory,
+            "pixels": pixels,
+            "max_image_mpixels": max_image_mpixels,
+            "max_file_bytes": max_file_bytes,
+            "formats": tuple(formats),
+        }
+        return ocr
+
+    def __reduce__(self) -> Any:
+        """A copy, and what was pickled, loads the checkpoint again."""
+        if self._arguments is None:
+            raise TypeError("TrOCR: expected one that `from_pretrained` made, which alone can be copied or pickled")
+        return partial(TrOCR.from_pretrained, **self._arguments), ()
 
     def read(
         self,

@@ -82,6 +82,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "no new tokens": ((), {"max_new_tokens": 0}),
     "more returned than beams": ((), {"num_beams": 2, "num_return_sequences": 3}),
     "more returned than greedy": ((), {"num_return_sequences": 3}),
+    "no beams": ((), {"num_beams": 0}),
     "early stopping": ((), {"early_stopping": "often"}),
     "cache": ((), {"cache_implementation": "magic"}),
     "given twice": ((GenerationConfig(),), {"generation_config": GenerationConfig()}),
