@@ -32,8 +32,8 @@ SWITCH = "TROCR_FAST_GRAPHS"  # set to 0: nothing is recorded
 class _Arena:
     """A stream to record on and the memory of what is recorded.
 
-    Lent to one recorder after another, until `give_back`: what the graphs of a pool leave, torch uses again for graphs of
-    that pool on that stream alone.
+    Lent to one recorder after another, until `give_back`: what the graphs of a pool leave, torch uses again only for
+    graphs of that pool on that stream.
     """
 
     def __init__(self, device: torch.device) -> None:
