@@ -43,7 +43,7 @@ case $stage in
   tests)
     # Six processes: Triton compiles, and the CPU draws inputs, in parallel; their fp64 references fit the memory.
     run 300 python3 -m pytest -n 6 -m gpu -p no:cacheprovider --junit-xml="$out/tests.xml" \
-      tests/csrc tests/kernels tests/parity tests/test_paged_cache.py tests/test_recording.py tests/test_bench_kernels.py
+      tests/csrc tests/kernels tests/parity tests/test_{paged_cache,recording,lanes,generate,sampling,bench_kernels}.py
     # Each allocation of its own, or a write past a tensor's end lands in torch's pool unseen. The CUDA kernels of csrc
     # use no shared memory, which is all that racecheck looks at: it is for the Triton kernels.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
