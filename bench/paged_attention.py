@@ -4,8 +4,8 @@ One layer: in one call of C++ (csrc/paged_attention.cpp), and as PyTorch does it
 store, gather into dense tensors, mask, attend. The two take turns. Writes bench/results/paged_attention.json.
 """
 
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,22 +20,26 @@ CASES = ((1, 8, 32, 12), (8, 8, 32, 12), (1, 16, 64, 12), (8, 16, 64, 12), (32, 
 TURNS = 100
 
 
+class GatheringKV(PagedKV):
+    """Leaves attention to PyTorch, as in half precision."""
+
+    can_attend = False
+
+
 def measure(rows: int, heads: int, head_dim: int, tokens: int) -> dict[str, Any]:
     """Median milliseconds of the two."""
-    kv = PagedKV(1, heads, head_dim, rows * tokens, tokens, torch.float32, torch.device("cpu"))
-    kv.memory.normal_()
     tables = torch.randperm(rows * tokens, generator=torch.Generator().manual_seed(0)).view(rows, tokens).int()
     lengths = torch.full((rows,), tokens, dtype=torch.int32)
-    step = PagedStep(kv, tables[:, -1].long(), lengths, tables, tokens, torch.zeros(rows, dtype=torch.int64))
+    held = torch.randn(rows * tokens, 1, 2, 1, heads, head_dim)
     q, k, v = torch.randn(rows, 3, heads, head_dim).unbind(1)
 
-    def native() -> Tensor:
-        return torch_ops.paged_attention(q, k, v, 0, step)
+    def attention(kind: type[PagedKV]) -> Callable[[], Tensor]:
+        kv = kind(1, heads, head_dim, rows * tokens, tokens, torch.float32, torch.device("cpu"))
+        kv.memory.copy_(held)
+        step = PagedStep(kv, tables[:, -1].long(), lengths, tables, tokens, torch.zeros(rows, dtype=torch.int64))
+        return lambda: torch_ops.paged_attention(q, k, v, 0, step)
 
-    def by_torch() -> Tensor:
-        with patch.object(PagedKV, "can_attend", False):
-            return torch_ops.paged_attention(q, k, v, 0, step)
-
+    by_torch, native = attention(GatheringKV), attention(PagedKV)
     torch.testing.assert_close(native(), by_torch(), rtol=1e-4, atol=1e-4)
     found = median_ms({"pytorch": by_torch, "native": native}, TURNS)
     return {"rows": rows, "heads": heads, "head_dim": head_dim, "tokens": tokens, **found}
