@@ -2,13 +2,11 @@
 
 import gc
 import random
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ from trocr_fast.engine import Engine
 from trocr_fast.lanes import Lanes
 from trocr_fast.model import Network
 from trocr_fast.picture_encoder import MOST_RECORDED, PictureEncoder
-from trocr_fast.recording import CudaRecorder, Recordings, give_back, no_recorder, padded
+from trocr_fast.recording import Recordings, no_recorder, padded
 from trocr_fast.search import Hypothesis, Sampling, SearchSettings, make_processors
 
 START = 2
@@ -47,65 +45,6 @@ def test_sizes_are_few_and_waste_at_most_a_third(most: int) -> None:
     for size in range(1, most + 1):
         assert padded(size, most) == min(one for one in few if one >= size)
         assert 3 * (padded(size, most) - size) <= padded(size, most)
-
-
-# The stand-in
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool((x > 0).any()),
-        lambda x: torch.equal(x, x),
-        lambda x: x[x > 0],
-        lambda x: x.index_put_((x > 0,), x.sum()),
-        lambda x: x.nonzero(),
-        lambda x: x.masked_select(x > 0),
-        lambda x: x.repeat_interleave(x.long()),
-        lambda x: x + torch.tensor(1.0),
-        lambda x: x[[0, 1]],
-        lambda x: x.__setitem__(0, 1.0),  # of no dimension: a copy
-    ],
-)
-def test_the_stand_in_refuses_what_a_capture_would(work: Callable[[Tensor], Any]) -> None:
-    x = torch.ones(4)
-    work(x.clone())
-    with pytest.raises(AssertionError, match="aten::"):
-        Recorder()(lambda: work(x))
-
-
-def test_the_stand_in_replays_what_was_recorded_on_the_same_memory() -> None:
-    factor, source, total = 2, torch.tensor([1.0, 2.0]), torch.zeros(3)
-
-    def work() -> Tensor:
-        total[2:] = factor  # filled, with a number
-        total[:2] += source
-        return total[:2] * factor
-
-    replay, result = Recorder()(work)
-    assert total.tolist() == [0, 0, 0]  # recording is not running
-    replay()
-    assert total.tolist() == [1, 2, 2] and result.tolist() == [2, 4]
-    factor = 100  # a number that changes is not seen
-    source.mul_(10)  # a tensor that does is
-    replay()
-    assert total.tolist() == [11, 22, 2] and result.tolist() == [22, 44]
-    recorded, source = source, torch.full((2,), 1000.0)  # one that takes its place is not
-    replay()
-    assert total.tolist() == [21, 42, 2] and recorded.tolist() == [10, 20] and source.tolist() == [1000, 1000]
-
-
-def test_work_that_fails_under_record_has_changed_nothing() -> None:
-    total = torch.zeros(2)
-
-    def work() -> None:
-        total.add_(1)
-        raise RuntimeError("by the test")
-
-    with pytest.raises(RuntimeError, match="by the test"):
-        Recorder()(work)
-    assert total.tolist() == [0, 0]
 
 
 # Recordings
@@ -201,94 +140,6 @@ def test_another_choice_of_backends_is_another_recording() -> None:
         for _ in range(3):
             recordings.run(work, 4, "here")
     assert len(work.calls) == 4
-
-
-# CUDA graphs, where their calls do nothing
-
-
-class Graph:
-    """What torch.cuda.CUDAGraph is called for."""
-
-    fails = False
-
-    def capture_begin(self, **_: Any) -> None:
-        pass
-
-    def capture_end(self) -> None:
-        if self.fails:
-            raise RuntimeError("the recording is broken")
-
-    def replay(self) -> None:
-        pass
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Lets `CudaRecorder` run without a GPU; gives what it has asked of the device."""
-    asked: list[str] = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: asked.append("pool"))
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: asked.append("synchronize"))
-    give_back()
-    yield asked
-    give_back()
-
-
-def test_an_arena_is_lent_to_one_recorder_after_another(graphs: list[str]) -> None:
-    device = torch.device("cuda", 0)
-    first, second = CudaRecorder(device), CudaRecorder(device)
-    for recorder in (first, second, first):
-        _, result = recorder(lambda: 3)
-        assert result == 3
-    assert graphs == ["pool", "pool"] and first._arena is not second._arena
-    arena = first._arena
-    del first, recorder
-    third = CudaRecorder(device)
-    third(lambda: None)
-    assert third._arena is arena and graphs == ["pool", "pool", "synchronize"]
-    del second
-    give_back()
-    CudaRecorder(device)(lambda: None)
-    assert graphs == ["pool", "pool", "synchronize", "pool"]
-
-
-def test_an_arena_is_not_used_again_once_a_recording_has_failed(
-    graphs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = CudaRecorder(torch.device("cuda", 0))
-    recorder(lambda: None)
-    monkeypatch.setattr(Graph, "fails", True)
-
-    def fail() -> None:
-        raise ValueError("what went wrong first")
-
-    with pytest.raises(ValueError, match="what went wrong first"):
-        recorder(fail)
-    with monkeypatch.context() as working:
-        working.setattr(Graph, "fails", False)
-        recorder(lambda: None)
-    assert graphs == ["pool", "pool"]
-    with pytest.raises(RuntimeError, match="the recording is broken"):
-        recorder(lambda: None)
-    assert gc.isenabled()
-
-
-def test_recordings_of_many_threads_leave_the_garbage_collector_as_it_was(graphs: list[str]) -> None:
-    is_off = []
-
-    def work() -> None:
-        is_off.append(not gc.isenabled())
-        time.sleep(0.01)
-
-    threads = [Thread(target=CudaRecorder(torch.device("cuda", 0)), args=(work,)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert is_off == [True] * 6 and gc.isenabled()
 
 
 # Pictures

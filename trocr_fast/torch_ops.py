@@ -1,5 +1,7 @@
 """The operations of `trocr_fast.ops` in PyTorch: what runs on a CPU, and what the Triton kernels are held against.
 
+Self-attention over the paged cache is csrc's in fp32 on a CPU.
+
 Each function is the one of that name in `trocr_fast.ops`, which has the contracts.
 """
 
