@@ -40,7 +40,8 @@ format: $(READY)
 bench: $(READY)  ## results go to bench/results
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.packed_linear
-	$(BIN)/python -m bench.paged_attention
+	$(BIN)/python -m bench.cpu_attention
+	$(BIN)/python -m bench.encoder_groups
 	$(BIN)/python -m bench.cross_memory
 	$(BIN)/python -m bench.paged_cache
 	$(BIN)/python -m bench.throughput --config base

@@ -16,9 +16,19 @@ import pybind11
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-NAMES = ("block_allocator", "paged_cache", "kv_memory_cpu", "paged_attention", "bindings")
+NAMES = (
+    "block_allocator",
+    "paged_cache",
+    "kv_memory_cpu",
+    "paged_attention",
+    "encoder_attention",
+    "latent_cross_attention",
+    "attention_bindings",
+    "bindings",
+)
 SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror", "-isystem", pybind11.get_include()]
+OPTIONS = ["-O3", "-fopenmp", "-Wno-psabi", *WARNINGS]  # psabi: how vectors are passed, which is to nobody
 
 
 def find_nvcc() -> str | None:
@@ -88,5 +98,7 @@ class BuildExtension(build_ext):
 
 
 if __name__ == "__main__":
-    extension = Pybind11Extension("trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=["-O3", *WARNINGS])
+    extension = Pybind11Extension(
+        "trocr_fast._csrc", SOURCES, cxx_std=17, extra_compile_args=OPTIONS, extra_link_args=["-fopenmp"]
+    )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

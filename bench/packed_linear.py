@@ -30,11 +30,14 @@ DECODER_ROWS = (1, 8, 16, 80)
 TURNS = 9
 
 
-def median_ms(forms: dict[str, Callable[[], Tensor]], turns: int = TURNS) -> dict[str, float]:
-    """Milliseconds by form, which take turns after one turn that does not count."""
+def median_ms(
+    forms: dict[str, Callable[[], Tensor]], turns: int = TURNS, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Milliseconds by form, which take turns after one turn that does not count; without what is done `before` each."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(turns + 1):
         for name, form in forms.items():
+            before()
             start = time.perf_counter()
             form()
             if turn:

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 
+#include "attention_bindings.h"
 #include "block_allocator.h"
 #include "dlpack_tensor.h"
 #include "kv_memory.h"
@@ -319,7 +320,7 @@ void permute_block_tables(const py::object& source_owner, const py::object& dest
 
 PYBIND11_MODULE(_csrc, module) {
   using namespace trocr_fast;
-  module.doc() = "Block allocator, paged KV cache and the memory behind it. Sources and contracts: csrc/.";
+  module.doc() = "Block allocator, paged KV cache and the memory behind it, attention on a CPU. Sources and contracts: csrc/.";
   module.attr("BUILD") = cuda::built() ? "cuda" : "cpu";
   py::register_exception<OutOfBlocks>(module, "OutOfBlocks", PyExc_RuntimeError);
 
@@ -418,4 +419,6 @@ PYBIND11_MODULE(_csrc, module) {
 
   module.def("permute_tables", &permute_block_tables, py::arg("source"), py::arg("destination"), py::arg("parents"),
              py::arg("prefix_blocks"), py::arg("stream") = 0);
+
+  bind_attention(module);
 }

@@ -40,7 +40,8 @@ class Recorder(TorchDispatchMode):
                 # not PyTorch's, so they are not seen
                 for name in ("write", "gather", "attend"):
                     patch.setattr(_csrc.KVMemory, name, self._noting(getattr(_csrc.KVMemory, name)))
-                patch.setattr(_csrc, "permute_tables", self._noting(_csrc.permute_tables))
+                for name in ("permute_tables", "encoder_attention", "latent_cross_attention"):
+                    patch.setattr(_csrc, name, self._noting(getattr(_csrc, name)))
                 result = work()
         finally:
             for storage, content in self._before.values():

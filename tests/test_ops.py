@@ -8,22 +8,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trocr_fast import ops, torch_ops, triton_ops
+from trocr_fast import _csrc, cpp_ops, ops, torch_ops, triton_ops
 from trocr_fast.errors import UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_both_implementations_have_every_operation() -> None:
-    for name in ops.OPERATIONS:
-        assert callable(getattr(torch_ops, name)) and callable(getattr(triton_ops, name)), name
+def test_implementations_have_what_is_said_of_them() -> None:
+    modules = {"torch": torch_ops, "cpp": cpp_ops, "triton": triton_ops}
+    for backend, operations in ops.BACKENDS.items():
+        for name in operations:
+            assert callable(getattr(modules[backend], name)), (backend, name)
 
 
-def test_pytorch_on_a_cpu_and_triton_on_a_gpu() -> None:
+def test_who_computes_what_on_a_cpu_and_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(device: torch.device, dtype: torch.dtype, backend: str) -> set[str]:
+        return {name for name in ops.OPERATIONS if ops.backend(name, device, dtype) == backend}
+
+    attention = {"encoder_attention", "paged_attention", "latent_cross_attention"}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert {ops.backend(name, CPU, dtype) for name in ops.OPERATIONS} == {"torch"}
-        on_gpu = {name: ops.backend(name, CUDA, dtype) for name in ops.OPERATIONS}
-        assert {name for name, backend in on_gpu.items() if backend == "torch"} == ops.LEFT_TO_PYTORCH[dtype]
+        in_cpp = chosen(CPU, dtype, "cpp")
+        assert chosen(CPU, dtype, "torch") == set(ops.OPERATIONS) - in_cpp
+        assert chosen(CUDA, dtype, "torch") == ops.LEFT_TO_PYTORCH[dtype]
+        assert chosen(CUDA, dtype, "triton") == set(ops.OPERATIONS) - ops.LEFT_TO_PYTORCH[dtype]
+        for lanes in (4, 8, 16):
+            monkeypatch.setattr(_csrc, "LANES", lanes)
+            in_fp32 = attention if lanes > 4 else {"paged_attention"}
+            assert chosen(CPU, dtype, "cpp") == (in_fp32 if dtype == torch.float32 else set())
     assert ops.backend("paged_attention", CUDA, torch.float64) == "torch"  # of which the kernels know nothing
 
 
@@ -37,6 +48,10 @@ def test_choosing_otherwise() -> None:
         assert ops.backend("greedy_token", CPU, torch.float32) == "torch"
     with ops.use("all=torch"):
         assert ops.backend("encoder_attention", CUDA, torch.bfloat16) == "torch"
+        assert ops.backend("encoder_attention", CPU, torch.float32) == "torch"
+        with ops.use("all=cpp"):
+            assert ops.backend("encoder_attention", CPU, torch.bfloat16) == "cpp"
+            assert ops.backend("linear", CPU, torch.float32) == "torch"
     assert ops.backend("add_layernorm", CPU, torch.float32) == "torch"
 
 
@@ -58,6 +73,9 @@ def test_linear_layers_of_few_rows_are_an_operation_of_their_own() -> None:
         ("attention=torch", "operation: expected one of pixels_to_patches, .* or all, got 'attention'"),
         ("linear=cuda", "linear: expected one of torch, triton, got 'cuda'"),
         ("linear", "linear: expected one of torch, triton, got ''"),
+        ("linear=cpp", "linear: expected one of torch, triton, got 'cpp'"),
+        ("paged_attention=mkl", "paged_attention: expected one of torch, cpp, triton, got 'mkl'"),
+        ("all=fast", "all: expected one of torch, cpp, triton, got 'fast'"),
     ],
 )
 def test_what_does_not_exist_is_named(text: str, message: str) -> None:
@@ -73,6 +91,24 @@ def test_the_environment_chooses_for_a_whole_process() -> None:
     environment = {**os.environ, "TROCR_FAST_OPS": "linear=triton"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["triton", "torch"]
+
+
+def test_attention_of_the_encoder_and_over_its_states_is_the_same_in_cpp() -> None:
+    qkv = torch.randn(3, 50, 3 * 2 * 24)
+    q, states, weights = torch.randn(6, 2, 24), torch.randn(3, 70, 40), torch.randn(2, 2, 24, 40)
+    found = {}
+    for backend in ("torch", "cpp"):
+        with ops.use(f"encoder_attention={backend}, latent_cross_attention={backend}"):
+            found[backend] = ops.encoder_attention(qkv, 2), ops.latent_cross_attention(q, states, *weights)
+    torch.testing.assert_close(found["cpp"], found["torch"], rtol=1e-4, atol=1e-4)
+
+
+def test_cpp_refuses_what_it_cannot_compute() -> None:
+    with (
+        ops.use("encoder_attention=cpp"),
+        pytest.raises(UsageError, match=r"encoder_attention: C\+\+ computes in float32 on a CPU; got torch.float16"),
+    ):
+        ops.encoder_attention(torch.zeros(1, 5, 12).half(), 2)
 
 
 @pytest.mark.parametrize("activation", [None, *torch_ops.ACTIVATIONS])

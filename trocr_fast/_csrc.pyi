@@ -1,9 +1,9 @@
-"""The native extension (sources and contracts: csrc/): block allocator, paged cache, and the memory behind it.
+"""The native extension (sources and contracts: csrc/): block allocator, paged cache, the memory behind it, attention.
 
 Every call checks its arguments first and changes nothing if it raises. ValueError names the argument, what was expected
 and what came; TypeError, that a number or a tensor is none. Indices that lie on a GPU (slots, pairs, tables, parents)
 cannot be checked: one that is outside writes nothing or reads zeros. An object is used by one thread at a time; calls
-of `KVMemory` and `permute_tables` release the GIL.
+of `KVMemory` and the functions release the GIL. Import torch first: their threads are then PyTorch's.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 BUILD: str  # "cpu" or "cuda"
+LANES: int  # floats in a vector of this CPU, as far as attention knows: 4, 8 or 16
 
 class OutOfBlocks(RuntimeError):
     """A call needs more blocks than are free."""
@@ -100,3 +101,15 @@ class KVMemory:
 
 def permute_tables(source: Any, destination: Any, parents: Any, prefix_blocks: Any, stream: int = 0) -> None:
     """destination[i, j] = source[parents[i], j] for j < prefix_blocks[i], else source[i, j]."""
+
+def encoder_attention(qkv: Any, num_heads: int, out: Any, num_threads: int, lanes: int = ...) -> None:
+    """Self-attention of pictures, fp32 on the CPU: qkv [B, tokens, 3 * width], out [B, tokens, width].
+
+    `lanes` is 4, 8 or 16, by default and at most `LANES`.
+    """
+
+def latent_cross_attention(q: Any, states: Any, out: Any, num_threads: int, lanes: int = ...) -> None:
+    """softmax(q E^T) E, fp32 on the CPU: q, out [rows, heads, width], states E [lines, keys, width].
+
+    The first two strides of q are free. `lanes` as of `encoder_attention`.
+    """

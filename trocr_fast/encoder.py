@@ -8,6 +8,10 @@ from torch import Tensor
 from trocr_fast import ops
 from trocr_fast.config import EncoderConfig
 
+# Of what pictures that go through the layers together leave between two products on a CPU: more would fall out of its
+# caches (docs/decisions.md).
+CACHED_BYTES = 16 << 20
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -92,8 +96,21 @@ class Encoder:
         Raises:
             ValueError: pixels of another shape, or uint8 without a table.
         """
-        config = self.config
         self.check_shape(pixels)
+        at_once = self.most_at_once(len(pixels))
+        if len(pixels) > at_once:
+            return torch.cat([self._encode(part, table) for part in pixels.split(at_once)])
+        return self._encode(pixels, table)
+
+    def most_at_once(self, num_pictures: int) -> int:
+        """How many of so many pictures go through the layers together: on a GPU all."""
+        if self.positions.device.type != "cpu":
+            return num_pictures
+        width = max(self.config.intermediate_size, 3 * self.config.hidden_size)
+        return max(1, CACHED_BYTES // (self.positions.shape[1] * width * self.positions.element_size()))
+
+    def _encode(self, pixels: Tensor, table: Tensor | None) -> Tensor:
+        config = self.config
         if pixels.is_floating_point():
             patches = ops.cut_patches(pixels.to(self.patch_weight.dtype), config.patch_size)
         elif pixels.dtype == torch.uint8 and table is not None:

@@ -1,10 +1,11 @@
 """The one door between the model and its arithmetic.
 
 Encoder, cross memory, decoder and search call nothing below this module. Each operation has an implementation in
-PyTorch (`trocr_fast.torch_ops`) and one in Triton (`trocr_fast.triton_ops`), and `backend` says which one computes it:
-on a CPU PyTorch's, on a GPU Triton's but for those of `LEFT_TO_PYTORCH`. `use`, or the environment variable
-TROCR_FAST_OPS ("encoder_attention=torch,linear=triton", "all=torch"), chooses otherwise, so that a kernel can be left
-out, or the whole model be run through Triton's interpreter on a CPU (TRITON_INTERPRET=1).
+PyTorch (`trocr_fast.torch_ops`) and one in Triton (`trocr_fast.triton_ops`), attention one in C++ as well
+(`trocr_fast.cpp_ops`), and `backend` says which one computes it: on a CPU PyTorch's, or C++ in fp32; on a GPU Triton's
+but for those of `LEFT_TO_PYTORCH`. `use`, or the environment variable TROCR_FAST_OPS
+("encoder_attention=torch,linear=triton", "all=torch"), chooses otherwise, so that a kernel can be left out, or the
+whole model be run through Triton's interpreter on a CPU (TRITON_INTERPRET=1).
 
 Softmax and statistics are computed in fp32 whatever the dtype.
 """
@@ -19,11 +20,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from trocr_fast import torch_ops
+from trocr_fast import cpp_ops, torch_ops
 from trocr_fast.errors import UsageError
 from trocr_fast.paged_cache import PagedStep
 
-BACKENDS = ("torch", "triton")
 OPERATIONS = (
     "pixels_to_patches",
     "linear",
@@ -36,6 +36,7 @@ OPERATIONS = (
     "latent_cross_attention",
     "greedy_token",
 )
+BACKENDS = {"torch": OPERATIONS, "cpp": cpp_ops.OPERATIONS, "triton": OPERATIONS}  # and what each can compute
 PRODUCTS = ("linear", "linear_activation", "skinny_linear", "greedy_token")  # that take a `packed` weight
 FEW_ROWS = 16  # up to which a linear layer is `skinny_linear`
 
@@ -49,7 +50,9 @@ LEFT_TO_PYTORCH = {
 
 
 def parse(text: str) -> dict[str, str]:
-    """The choices in a text like "encoder_attention=torch,linear=triton"; later ones win, "all" is every operation.
+    """The choices in a text like "encoder_attention=torch,linear=triton"; later ones win.
+
+    "all" is every operation that the backend can compute.
 
     Raises:
         UsageError: an operation or backend that does not exist.
@@ -59,9 +62,10 @@ def parse(text: str) -> dict[str, str]:
         operation, _, name = part.partition("=")
         if operation not in (*OPERATIONS, "all"):
             raise UsageError(f"operation: expected one of {', '.join(OPERATIONS)} or all, got {operation!r}")
-        if name not in BACKENDS:
-            raise UsageError(f"{operation}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        chosen.update(dict.fromkeys(OPERATIONS if operation == "all" else (operation,), name))
+        able = [backend for backend, operations in BACKENDS.items() if operation in (*operations, "all")]
+        if name not in able:
+            raise UsageError(f"{operation}: expected one of {', '.join(able)}, got {name!r}")
+        chosen.update(dict.fromkeys(BACKENDS[name] if operation == "all" else (operation,), name))
     return chosen
 
 
@@ -94,6 +98,8 @@ def backend(operation: str, device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation computes an operation on tensors of this device and dtype."""
     if operation in _chosen:
         return _chosen[operation]
+    if device.type == "cpu" and dtype == torch.float32 and cpp_ops.is_best(operation):
+        return "cpp"
     kept = LEFT_TO_PYTORCH.get(dtype, OPERATIONS)
     return "triton" if device.type == "cuda" and operation not in kept and _has_triton(device) else "torch"
 
@@ -107,8 +113,13 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def _of(operation: str, x: Tensor) -> ModuleType:
-    if backend(operation, x.device, x.dtype) == "torch":
+    name = backend(operation, x.device, x.dtype)
+    if name == "torch":
         return torch_ops
+    if name == "cpp":
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            raise UsageError(f"{operation}: C++ computes in float32 on a CPU; got {x.dtype} on {x.device}")
+        return cpp_ops
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError(f"{operation}: Triton computes on a GPU, or on a CPU with TRITON_INTERPRET=1 set; got neither")
     from trocr_fast import triton_ops  # late: importing Triton takes time that a CPU has no use for

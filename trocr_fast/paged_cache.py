@@ -166,11 +166,6 @@ class PagedKV:
         self._padded[block, layer, 0, offset] = k
         self._padded[block, layer, 1, offset] = v
 
-    @property
-    def can_attend(self) -> bool:
-        """Whether there is `attend`: in fp32 on a CPU."""
-        return self.memory.device.type == "cpu" and self.memory.dtype == torch.float32
-
     def attend(
         self,
         layer: int,
@@ -181,7 +176,7 @@ class PagedKV:
         context_lens: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """`write` new tokens, then attend over those of each row, the new one among them.
+        """`write` new tokens, then attend over those of each row, the new one among them; in fp32 on a CPU.
 
         Args:
             q, k, v: fp32 [rows, heads, head_dim], q scaled; the first stride is free.

@@ -1,6 +1,4 @@
-"""The operations of `trocr_fast.ops` in PyTorch: what runs on a CPU, and what the Triton kernels are held against.
-
-Self-attention over the paged cache is csrc's in fp32 on a CPU.
+"""The operations of `trocr_fast.ops` in PyTorch: what runs on a CPU, and what the kernels are held against.
 
 Each function is the one of that name in `trocr_fast.ops`, which has the contracts.
 """
@@ -85,8 +83,6 @@ def encoder_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep) -> Tensor:
-    if step.cache.can_attend:  # one call for a dozen, and no copies
-        return step.cache.attend(layer, q, k, v, step.block_tables, step.context_lens, step.slot_mapping)
     keys = q.new_empty((q.shape[0], q.shape[1], step.longest, q.shape[2]))  # [rows, heads, tokens, head_dim]
     values = torch.empty_like(keys)
     step.cache.write(layer, k, v, step.slot_mapping)

@@ -24,7 +24,17 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["csrc", "examples", "kernels", "pyproject.toml", "setup.py", "tests", "trocr_fast"]
-SOURCES = ["block_allocator", "paged_cache", "kv_memory_cpu", "kv_memory_no_cuda", "paged_attention", "bindings"]
+SOURCES = [
+    "block_allocator",
+    "paged_cache",
+    "kv_memory_cpu",
+    "kv_memory_no_cuda",
+    "paged_attention",
+    "encoder_attention",
+    "latent_cross_attention",
+    "attention_bindings",
+    "bindings",
+]
 EXTENSION = f"trocr_fast/_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
 LIMIT_S = 300  # of one run of the tests
 
@@ -54,7 +64,7 @@ def build(folder: Path, unchanged: Path | None = None) -> None:
     """Compiles csrc without optimisation; takes from `unchanged`, a folder built before, what would be the same."""
     headers = [path.name for path in (folder / "csrc").glob("*.h")]
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    options = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", *includes]
+    options = ["-std=c++17", "-O0", "-fopenmp", "-Wno-psabi", "-fPIC", "-fvisibility=hidden", *includes]
     objects = []
     for name in SOURCES:
         needed = [f"csrc/{name}.cpp", *(f"csrc/{header}" for header in headers)]
@@ -63,7 +73,7 @@ def build(folder: Path, unchanged: Path | None = None) -> None:
         else:
             run([compiler(), *options, "-c", f"csrc/{name}.cpp", "-o", f"{name}.o"], folder)
             objects.append(f"{name}.o")
-    run([compiler(), "-shared", "-pthread", *objects, "-o", EXTENSION], folder)
+    run([compiler(), "-shared", "-pthread", "-fopenmp", *objects, "-o", EXTENSION], folder)
 
 
 def compiler() -> str:
