@@ -22,7 +22,7 @@ test-slow: $(READY)  ## the real configurations at full size, and the device cod
 mutants: $(READY)  ## plant bugs, one at a time: the tests must find each
 	$(BIN)/python tests/mutants/run.py
 
-sanitize: $(READY)  ## the cache's C++ under the sanitizers of g++
+sanitize: $(READY)  ## csrc under the sanitizers of g++
 	bash tests/csrc/sanitize.sh
 
 lint: $(READY)

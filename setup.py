@@ -28,7 +28,8 @@ NAMES = (
 )
 SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror", "-isystem", pybind11.get_include()]
-OPTIONS = ["-O3", "-fopenmp", "-Wno-psabi", *WARNINGS]  # psabi: how vectors are passed, which is to nobody
+# psabi: how a call passes vectors, of which there is none, since all that takes one is inlined
+OPTIONS = ["-O3", "-fopenmp", "-Wno-psabi", *WARNINGS]
 
 
 def find_nvcc() -> str | None:

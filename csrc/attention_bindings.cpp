@@ -1,5 +1,6 @@
 #include "attention_bindings.h"
 
+#include <stdexcept>
 #include <string>
 
 #include "dlpack_tensor.h"
@@ -36,7 +37,7 @@ void encoder_attention(const py::object& qkv_owner, std::int64_t num_heads, cons
   require_fp32_on_cpu(out);
   qkv.require_shape({-1, -1, -1});
   const std::int64_t width = qkv.size(2) / 3;
-  if (num_heads < 1 || qkv.size(2) % (3 * num_heads) != 0) {
+  if (num_heads < 1 || qkv.size(2) % 3 != 0 || width % num_heads != 0) {
     throw std::invalid_argument("num_heads: expected a divisor of a third of " + std::to_string(qkv.size(2)) +
                                 ", got " + std::to_string(num_heads));
   }

@@ -23,20 +23,22 @@ std::int64_t scratch_size(const EncoderAttention& sizes) {
   return dims * (2 * tokens + 2 * kMostQueries) + kMostQueries * tokens;
 }
 
-// scores [kQueries, padded] -> exp of them less the row's greatest, zeros from `tokens` on, and 1 / the row's sum.
+// scores [kQueries, stride] -> exp of the first `tokens` of each row less their greatest, and 1 / their sum. What fills up
+// the last vector counts in it as exp(-87), which is nothing beside 1.
 template <int kLanes, int kQueries>
-TROCR_FAST_INLINE void exponentiate(float* scores, std::int64_t tokens, std::int64_t padded, float* inverse_sums) {
+TROCR_FAST_INLINE void exponentiate(float* scores, std::int64_t stride, std::int64_t tokens, float* inverse_sums) {
   using simd::Floats;
-  for (int i = 0; i < kQueries; ++i, scores += padded) {
-    std::fill(scores + tokens, scores + padded, -std::numeric_limits<float>::infinity());
+  const std::int64_t end = up_to_multiple(tokens, kLanes);
+  for (int i = 0; i < kQueries; ++i, scores += stride) {
+    std::fill(scores + tokens, scores + end, -std::numeric_limits<float>::infinity());
     Floats<kLanes> tops = simd::load<kLanes>(scores);
-    for (std::int64_t t = kLanes; t < padded; t += kLanes) {
-      tops = simd::greater<kLanes>(simd::load<kLanes>(scores + t), tops);
+    for (std::int64_t t = kLanes; t < end; t += kLanes) {
+      tops = simd::greatest<kLanes>(simd::load<kLanes>(scores + t), tops);
     }
     float top = tops[0];
     for (int lane = 1; lane < kLanes; ++lane) top = std::max(top, tops[lane]);
     Floats<kLanes> sums = {};
-    for (std::int64_t t = 0; t < padded; t += kLanes) {
+    for (std::int64_t t = 0; t < end; t += kLanes) {
       const Floats<kLanes> x = simd::exp<kLanes>(simd::load<kLanes>(scores + t) - top);
       simd::store<kLanes>(scores + t, x);
       sums += x;
@@ -51,7 +53,7 @@ TROCR_FAST_INLINE void attend_head(const EncoderAttention& sizes, const float* q
   constexpr std::int64_t kPanel = 2 * kLanes;
   const std::int64_t tokens = sizes.num_tokens, dim = sizes.head_dim;
   const std::int64_t width = sizes.num_heads * dim;
-  const std::int64_t row = 3 * width;
+  const std::int64_t stride = 3 * width;  // from token to token
   const std::int64_t padded = up_to_multiple(tokens, kPanel), padded_dim = up_to_multiple(dim, kPanel);
   float* const keys = scratch;                             // [padded / kPanel, dim, kPanel]
   float* const values = keys + padded * padded_dim;        // [padded_dim / kPanel, tokens, kPanel]
@@ -62,14 +64,14 @@ TROCR_FAST_INLINE void attend_head(const EncoderAttention& sizes, const float* q
   for (std::int64_t panel = 0; panel < padded; panel += kPanel) {
     for (std::int64_t i = 0; i < kPanel; ++i) {
       const bool is_there = panel + i < tokens;
-      const float* const k = qkv + (panel + i) * row + width;
+      const float* const k = qkv + (panel + i) * stride + width;
       for (std::int64_t d = 0; d < dim; ++d) keys[panel * dim + d * kPanel + i] = is_there ? k[d] : 0.0F;
     }
   }
   for (std::int64_t panel = 0; panel < padded_dim; panel += kPanel) {
     const std::int64_t there = std::min(kPanel, dim - panel);
     for (std::int64_t t = 0; t < tokens; ++t) {
-      const float* const v = qkv + t * row + 2 * width + panel;
+      const float* const v = qkv + t * stride + 2 * width + panel;
       float* const packed = values + panel * tokens + t * kPanel;
       std::copy_n(v, there, packed);
       std::fill(packed + there, packed + kPanel, 0.0F);
@@ -79,15 +81,23 @@ TROCR_FAST_INLINE void attend_head(const EncoderAttention& sizes, const float* q
   const float scale = 1 / std::sqrt(static_cast<float>(dim));
   for (std::int64_t first = 0; first < tokens; first += kQueries) {
     const std::int64_t there = std::min<std::int64_t>(kQueries, tokens - first);
-    for (std::int64_t i = 0; i < there * dim; ++i) queries[i] = qkv[(first + i / dim) * row + i % dim] * scale;
+    for (std::int64_t i = 0; i < there; ++i) {
+      const float* const q = qkv + (first + i) * stride;
+      for (std::int64_t d = 0; d < dim; ++d) queries[i * dim + d] = q[d] * scale;
+    }
     std::fill(queries + there * dim, queries + kQueries * dim, 0.0F);
-    for (std::int64_t panel = 0; panel < padded; panel += kPanel) {
+    std::int64_t panel = 0;
+    for (; panel + kLanes < tokens; panel += kPanel) {
       simd::multiply<kLanes, 2, kQueries>({queries, dim, 1}, keys + panel * dim, kPanel, dim, scores + panel, padded,
                                           false);
     }
+    if (panel < tokens) {  // half a panel
+      simd::multiply<kLanes, 1, kQueries>({queries, dim, 1}, keys + panel * dim, kPanel, dim, scores + panel, padded,
+                                          false);
+    }
     float inverse_sums[kQueries];
-    exponentiate<kLanes, kQueries>(scores, tokens, padded, inverse_sums);
-    for (std::int64_t panel = 0; panel < padded_dim; panel += kPanel) {
+    exponentiate<kLanes, kQueries>(scores, padded, tokens, inverse_sums);
+    for (panel = 0; panel < padded_dim; panel += kPanel) {
       simd::multiply<kLanes, 2, kQueries>({scores, padded, 1}, values + panel * tokens, kPanel, tokens, mixed + panel,
                                           padded_dim, false);
     }
@@ -118,12 +128,12 @@ void attend_head_4(const EncoderAttention& sizes, const float* qkv, float* out, 
 
 void encoder_attention(const EncoderAttention& sizes, int num_threads, int lanes) {
   const AttendHead attend = lanes == 16 ? attend_head_16 : lanes == 8 ? attend_head_8 : attend_head_4;
-  const Scratch scratch(scratch_size(sizes), num_threads);
+  const Buffers scratch(num_threads, scratch_size(sizes));
   parallel_for(sizes.num_pictures * sizes.num_heads, num_threads, [&](std::int64_t index, int thread) {
     const std::int64_t picture = index / sizes.num_heads, head = index % sizes.num_heads;
     const std::int64_t begin = picture * sizes.num_tokens * sizes.num_heads;  // heads, in `out`
     attend(sizes, sizes.qkv + (3 * begin + head) * sizes.head_dim, sizes.out + (begin + head) * sizes.head_dim,
-           scratch.of(thread));
+           scratch[thread]);
   });
 }
 

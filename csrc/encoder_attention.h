@@ -15,7 +15,8 @@ struct EncoderAttention {
 };
 
 // out = softmax(Q K^T / sqrt(head_dim)) V of each picture and head; a picture's rows are the same in any batch and with
-// any number of threads. `lanes` is 4, 8 or 16, at most simd::most_lanes().
+// any number of threads. `lanes` is 4, 8 or 16, at most simd::most_lanes(). Throws std::bad_alloc before anything is
+// written.
 //
 // Keys and values of a head are packed once, in panels of two vectors; then a few queries at a time go over all of
 // them, with their scores in the first-level cache.

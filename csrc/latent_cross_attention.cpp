@@ -16,11 +16,14 @@ constexpr std::int64_t kBlock = 96;   // keys: with the group's queries they sta
 constexpr std::int64_t kDepth = 192;  // of a score's products in one sum: rounding grows with a sum's length
 constexpr std::int64_t kLeast = 64;   // keys a thread has at least
 
-// What one group has found in one part of its keys.
+// What one group has found in one part of its keys, in size(width) floats from `begin` on.
 struct Part {
+  explicit Part(float* begin) : tops(begin), sums(begin + kGroup), mixed(begin + 2 * kGroup) {}
+  static std::int64_t size(std::int64_t width) { return kGroup * (2 + width); }
+
   float* tops;   // [kGroup], the greatest score
   float* sums;   // [kGroup], of exp(score - top)
-  float* mixed;  // [kGroup, padded width], of exp(score - top) times the states
+  float* mixed;  // [kGroup, width], of exp(score - top) times the states
 };
 
 // Scores [num_keys, kGroup] of a block -> exp of them less the running top; `tops` and `sums` go on, and `fades` is by
@@ -32,7 +35,7 @@ TROCR_FAST_INLINE void exponentiate(float* scores, std::int64_t num_keys, float*
     const Floats<kLanes> before = simd::load<kLanes>(tops + i);
     Floats<kLanes> top = before;
     for (std::int64_t k = 0; k < num_keys; ++k) {
-      top = simd::greater<kLanes>(simd::load<kLanes>(scores + k * kGroup + i), top);
+      top = simd::greatest<kLanes>(simd::load<kLanes>(scores + k * kGroup + i), top);
     }
     const Floats<kLanes> fade = simd::exp<kLanes>(before - top);
     Floats<kLanes> sum = simd::load<kLanes>(sums + i) * fade;
@@ -55,7 +58,7 @@ TROCR_FAST_INLINE void attend_part(const float* queries, const float* states, st
   constexpr int kVectors = kGroup / kLanes;
   const std::int64_t whole = width / (2 * kLanes) * (2 * kLanes);
   float fades[kGroup];
-  std::fill_n(part.tops, kGroup, -std::numeric_limits<float>::infinity());
+  std::fill_n(part.tops, kGroup, std::numeric_limits<float>::lowest());  // with -inf, scores of -inf would be NaN
   std::fill_n(part.sums, kGroup, 0.0F);
   std::fill_n(part.mixed, kGroup * width, 0.0F);
   for (std::int64_t first = 0; first < num_keys; first += kBlock, states += kBlock * width) {
@@ -118,7 +121,7 @@ void attend_part_4(const float* queries, const float* states, std::int64_t num_k
 }  // namespace
 
 void latent_cross_attention(const LatentCrossAttention& sizes, int num_threads, int lanes) {
-  if (sizes.num_lines == 0) return;
+  if (sizes.num_lines == 0 || sizes.width == 0) return;
   const AttendPart attend = lanes == 16 ? attend_part_16 : lanes == 8 ? attend_part_8 : attend_part_4;
   const std::int64_t width = sizes.width, keys = sizes.num_keys;
   const std::int64_t queries = sizes.num_rows / sizes.num_lines * sizes.num_heads;  // of a line
@@ -134,39 +137,35 @@ void latent_cross_attention(const LatentCrossAttention& sizes, int num_threads, 
     return query < queries;
   };
 
-  const Scratch packed(kGroup * width, static_cast<int>(groups));  // [width, kGroup] of each group
+  const Buffers packed(groups, kGroup * width);  // [width, kGroup] of each group
   parallel_for(groups, num_threads, [&](std::int64_t group, int) {
-    float* const to = packed.of(group);
+    float* const to = packed[group];
     for (std::int64_t i = 0; i < kGroup; ++i) {
       std::int64_t row, head;
       const bool is_there = find(group, i, row, head);
-      const float* const from = sizes.q + row * sizes.q_row + head * sizes.q_head;
+      const float* const from = sizes.q + row * sizes.stride_q_row + head * sizes.stride_q_head;
       for (std::int64_t d = 0; d < width; ++d) to[d * kGroup + i] = is_there ? from[d] : 0.0F;
     }
   });
 
-  const Scratch found(kGroup * (2 + width), groups * parts);
-  const auto part_of = [&](std::int64_t index) {
-    float* const begin = found.of(index);
-    return Part{begin, begin + kGroup, begin + 2 * kGroup};
-  };
-  const Scratch scores(kBlock * kGroup, num_threads);
+  const Buffers found(groups * parts, Part::size(width));
+  const Buffers scores(num_threads, kBlock * kGroup);
   parallel_for(groups * parts, num_threads, [&](std::int64_t index, int thread) {
     const std::int64_t group = index / parts, part = index % parts;
     const std::int64_t first = keys * part / parts, end = keys * (part + 1) / parts;
-    attend(packed.of(group), sizes.states + (group / line_groups * keys + first) * width, end - first, width,
-           part_of(index), scores.of(thread));
+    attend(packed[group], sizes.states + (group / line_groups * keys + first) * width, end - first, width,
+           Part(found[index]), scores[thread]);
   });
 
   parallel_for(groups, num_threads, [&](std::int64_t group, int) {
     std::int64_t row, head;
     for (std::int64_t i = 0; i < kGroup && find(group, i, row, head); ++i) {
       float* const to = sizes.out + (row * sizes.num_heads + head) * width;
-      float top = -std::numeric_limits<float>::infinity();
-      for (std::int64_t p = 0; p < parts; ++p) top = std::max(top, part_of(group * parts + p).tops[i]);
+      float top = std::numeric_limits<float>::lowest();
+      for (std::int64_t p = 0; p < parts; ++p) top = std::max(top, Part(found[group * parts + p]).tops[i]);
       float sum = 0;
       for (std::int64_t p = 0; p < parts; ++p) {
-        const Part part = part_of(group * parts + p);
+        const Part part(found[group * parts + p]);
         const float weight = std::exp(part.tops[i] - top);
         const float* const mixed = part.mixed + i * width;
         sum += weight * part.sums[i];

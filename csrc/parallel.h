@@ -1,39 +1,34 @@
 // Work shared among threads, for attention on a CPU.
 //
-// By OpenMP, whose threads are then PyTorch's own (the loader takes the library that PyTorch has brought): threads of
-// ours would compete with PyTorch's, which wait for their next work by spinning.
+// By OpenMP, whose threads are PyTorch's own where its library has the name that the compiler links against, as in the
+// wheels for Linux: others would compete with PyTorch's, which wait for their next work by spinning.
 #pragma once
+
+#include <omp.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace trocr_fast {
 
 // body(index, thread) for each index below `count`; `thread` is below `num_threads`. `body` must not throw.
 template <typename Body>
 void parallel_for(std::int64_t count, int num_threads, const Body& body) {
-#ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (std::int64_t index = 0; index < count; ++index) body(index, omp_get_thread_num());
-#else
-  for (std::int64_t index = 0; index < count; ++index) body(index, 0 * num_threads);
-#endif
 }
 
-// Pieces of memory, uninitialised, each on cache lines of its own: for each thread one, say.
-class Scratch {
+// Some buffers of equal size, uninitialised, each on cache lines of its own: one a thread, say.
+class Buffers {
  public:
-  Scratch(std::int64_t floats, std::int64_t pieces)
+  // Throws std::bad_alloc.
+  Buffers(std::int64_t count, std::int64_t floats)
       : each_((floats + kLine - 1) / kLine * kLine),
-        data_(static_cast<float*>(::operator new(static_cast<std::size_t>(each_ * pieces) * sizeof(float), kAlignment))) {}
+        data_(static_cast<float*>(::operator new(static_cast<std::size_t>(each_ * count) * sizeof(float), kAlignment))) {}
 
-  float* of(std::int64_t piece) const { return data_.get() + each_ * piece; }
+  float* operator[](std::int64_t index) const { return data_.get() + each_ * index; }
 
  private:
   static constexpr std::int64_t kLine = 16;  // floats

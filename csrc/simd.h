@@ -1,7 +1,8 @@
 // Vectors of floats, their products and exp, for attention on a CPU.
 //
 // Written once, in the vector extensions of GCC and Clang, for any number of lanes. Machine code for a width comes from
-// the function with a target attribute that all this is inlined into; hence no lambda and no plain function between.
+// the function with a target attribute that all this is inlined into; hence nothing between takes a vector but what is
+// always inlined, and no lambda.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ namespace trocr_fast::simd {
 // Floats in a vector: 16 (AVX-512), 8 (AVX2 with FMA) or 4 (any CPU).
 inline int most_lanes() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return 16;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) return 16;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
 #endif
   return 4;
@@ -45,8 +46,9 @@ TROCR_FAST_INLINE void store(float* to, Floats<kLanes> x) {
   std::memcpy(to, &x, sizeof(x));
 }
 
+// b where a is no number.
 template <int kLanes>
-TROCR_FAST_INLINE Floats<kLanes> greater(Floats<kLanes> a, Floats<kLanes> b) {
+TROCR_FAST_INLINE Floats<kLanes> greatest(Floats<kLanes> a, Floats<kLanes> b) {
   return a > b ? a : b;
 }
 
@@ -84,30 +86,29 @@ TROCR_FAST_INLINE Floats<kLanes> exp(Floats<kLanes> x) {
   return power * scale;
 }
 
-// A matrix for `multiply` to read: value (i, j) at data[i * row + j * column].
-struct Strided {
+// A matrix for `multiply` to read: value (i, j) at data[i * stride_row + j * stride_column].
+struct Matrix {
   const float* data;
-  std::int64_t row;
-  std::int64_t column;
+  std::int64_t stride_row;
+  std::int64_t stride_column;
 };
 
 // c = a b, or c += a b: kRows rows of `depth` values by `depth` rows of kVectors vectors side by side.
 //
 // All of a b is kept in registers, so kRows * kVectors should be near what a CPU has of them: 32 with AVX-512, else 16.
 //
-//   b  b_row floats from row to row
-//   c  c_row floats from row to row
+// Strides are floats from row to row.
 template <int kLanes, int kVectors, int kRows>
-TROCR_FAST_INLINE void multiply(Strided a, const float* b, std::int64_t b_row, std::int64_t depth, float* c,
-                                std::int64_t c_row, bool add) {
+TROCR_FAST_INLINE void multiply(Matrix a, const float* b, std::int64_t stride_b, std::int64_t depth, float* c,
+                                std::int64_t stride_c, bool add) {
   Floats<kLanes> sums[kRows][kVectors] = {};
   for (std::int64_t k = 0; k < depth; ++k) {
     Floats<kLanes> right[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) right[j] = load<kLanes>(b + k * b_row + j * kLanes);
+    for (int j = 0; j < kVectors; ++j) right[j] = load<kLanes>(b + k * stride_b + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const float left = a.data[i * a.row + k * a.column];
+      const float left = a.data[i * a.stride_row + k * a.stride_column];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[i][j] += left * right[j];
     }
@@ -116,7 +117,7 @@ TROCR_FAST_INLINE void multiply(Strided a, const float* b, std::int64_t b_row, s
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      float* const at = c + i * c_row + j * kLanes;
+      float* const at = c + i * stride_c + j * kLanes;
       store<kLanes>(at, add ? load<kLanes>(at) + sums[i][j] : sums[i][j]);
     }
   }

@@ -8,9 +8,9 @@ from torch import Tensor
 from trocr_fast import ops
 from trocr_fast.config import EncoderConfig
 
-# Of what pictures that go through the layers together leave between two products on a CPU: more would fall out of its
-# caches (docs/decisions.md).
-CACHED_BYTES = 16 << 20
+# A thread on a CPU, of what pictures that go through the layers together leave between two products: more would fall
+# out of its caches (docs/decisions.md).
+CACHED_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Encoder:
         if self.positions.device.type != "cpu":
             return num_pictures
         width = max(self.config.intermediate_size, 3 * self.config.hidden_size)
-        return max(1, CACHED_BYTES // (self.positions.shape[1] * width * self.positions.element_size()))
+        num_bytes = self.positions.shape[1] * width * self.positions.element_size()  # of the widest, one picture's
+        return max(1, CACHED_BYTES * torch.get_num_threads() // num_bytes)
 
     def _encode(self, pixels: Tensor, table: Tensor | None) -> Tensor:
         config = self.config

@@ -268,7 +268,7 @@ class Engine:
         """Fill the cross memory of lanes, of fewer at a time where there is too little memory."""
         try:
             return self._memory.write(lanes, states)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if len(lanes) == 1 or not is_out_of_memory(error):
                 raise
         half = len(lanes) // 2
@@ -344,7 +344,7 @@ class Engine:
         encoded = None
         try:
             encoded = self._encoder.encode([self._pixels[line] for line in lines])
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(lines) == 1:

@@ -18,6 +18,7 @@ class UsageError(TrocrFastError, ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch could not have the memory that it asked for; on a CPU it has no error of its own for that."""
+    """Whether PyTorch or csrc could not have the memory that it asked for; PyTorch has no error for that on a CPU."""
     of_cpu = "not enough memory", "can't allocate memory"
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in of_cpu)
+    is_named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return is_named or any(words in str(error) for words in of_cpu)

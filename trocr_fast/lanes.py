@@ -97,7 +97,7 @@ class Lanes:
     def _grew(self, num_blocks: int) -> bool:
         try:
             self._kv.grow(num_blocks)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False

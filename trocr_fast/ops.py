@@ -1,7 +1,7 @@
 """The one door between the model and its arithmetic.
 
 Encoder, cross memory, decoder and search call nothing below this module. Each operation has an implementation in
-PyTorch (`trocr_fast.torch_ops`) and one in Triton (`trocr_fast.triton_ops`), attention one in C++ as well
+PyTorch (`trocr_fast.torch_ops`) and one in Triton (`trocr_fast.triton_ops`), most attention one in C++ as well
 (`trocr_fast.cpp_ops`), and `backend` says which one computes it: on a CPU PyTorch's, or C++ in fp32; on a GPU Triton's
 but for those of `LEFT_TO_PYTORCH`. `use`, or the environment variable TROCR_FAST_OPS
 ("encoder_attention=torch,linear=triton", "all=torch"), chooses otherwise, so that a kernel can be left out, or the
@@ -207,7 +207,7 @@ def encoder_attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Non-causal self-attention over all tokens of a picture.
 
     Args:
-        qkv: [batch, tokens, 3 * width]: queries, keys and values side by side, each `num_heads` heads.
+        qkv: [batch, tokens, 3 * width], contiguous: queries, keys and values side by side, each `num_heads` heads.
 
     Returns:
         [batch, tokens, width].
@@ -250,7 +250,8 @@ def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight
 
     Args:
         q: [rows, heads, head_dim], already scaled; the rows of a line, its beams, side by side.
-        states: [lines, keys, cross_width]: E, the encoder's output; all heads and layers share it.
+        states: [lines, keys, cross_width], contiguous, at least one key: E, the encoder's output, which all heads and
+            layers share.
         k_weight, v_weight: [heads, head_dim, cross_width].
 
     Returns:

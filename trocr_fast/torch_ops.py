@@ -3,6 +3,8 @@
 Each function is the one of that name in `trocr_fast.ops`, which has the contracts.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,14 +104,24 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(probabilities, v).transpose(1, 2).reshape(q.shape[0], -1)
 
 
-def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
-    lines, _, width = states.shape
-    rows, num_heads, _ = q.shape
-    latent_q = torch.matmul(q.transpose(0, 1), k_weight).transpose(0, 1)  # [rows, heads, width]
-    grouped = latent_q.reshape(lines, -1, width)  # [lines, beams * heads, width]
+def attend_latent(q: Tensor, states: Tensor) -> Tensor:
+    """softmax(q E^T) E; q [rows, heads, width], states E [lines, keys, width] -> [rows, heads, width]."""
+    grouped = q.reshape(states.shape[0], -1, states.shape[2])  # [lines, beams * heads, width]
     scores = torch.matmul(grouped, states.transpose(1, 2))  # [lines, beams * heads, keys]
     probabilities = scores.softmax(-1, dtype=torch.float32).to(states.dtype)
-    context = torch.matmul(probabilities, states).view(rows, num_heads, width)
+    return torch.matmul(probabilities, states).view(q.shape)
+
+
+def latent_cross_attention(
+    q: Tensor,
+    states: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    attend: Callable[[Tensor, Tensor], Tensor] = attend_latent,
+) -> Tensor:
+    """`attend`, whoever computes it, between the two projections."""
+    latent_q = torch.matmul(q.transpose(0, 1), k_weight).transpose(0, 1)  # [rows, heads, width]
+    context = attend(latent_q, states)
     out = torch.matmul(context.transpose(0, 1), v_weight.transpose(1, 2))  # [heads, rows, head_dim]
     return out.transpose(0, 1).flatten(1)
 

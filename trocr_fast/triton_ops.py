@@ -7,6 +7,7 @@ launchers take, and where an operation has several kernels, the one for its shap
 import torch
 from torch import Tensor
 
+from trocr_fast import torch_ops
 from trocr_fast.kernels.add_layernorm import add_layernorm
 from trocr_fast.kernels.cross_attention import cross_attention
 from trocr_fast.kernels.encoder_attention import encoder_attention
@@ -65,7 +66,4 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, step: PagedStep
 
 
 def latent_cross_attention(q: Tensor, states: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
-    latent_q = torch.matmul(q.transpose(0, 1), k_weight).transpose(0, 1)  # [rows, heads, width]
-    context = attend_latent(latent_q, states)
-    out = torch.matmul(context.transpose(0, 1), v_weight.transpose(1, 2))  # [heads, rows, head_dim]
-    return out.transpose(0, 1).flatten(1)
+    return torch_ops.latent_cross_attention(q, states, k_weight, v_weight, attend_latent)

@@ -1,4 +1,5 @@
-// Attention of the encoder and over its states at many sizes, in memory of exactly their size, for the sanitizers.
+// Attention of the encoder and over its states at many sizes, inputs and results in memory of exactly their size, for the
+// sanitizers.
 //
 // Each result is held against the formula in doubles. Exit status 1 and a line that names the sizes if one differs.
 #include <algorithm>
@@ -93,7 +94,7 @@ int main() {
   bool good = true;
   for (int lanes = 4; lanes <= trocr_fast::simd::most_lanes(); lanes *= 2) {
     for (const int threads : {1, 3}) {
-      for (const Size tokens : {1, 11, 12, 31, 33, 70}) {
+      for (const Size tokens : {1, 11, 12, 16, 17, 31, 33, 70}) {
         for (const Size dim : {1, 16, 37, 64}) good = check_encoder(2, tokens, 2, dim, threads, lanes) && good;
       }
       for (const Size keys : {1, 95, 97, 200}) {

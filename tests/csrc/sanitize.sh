@@ -1,7 +1,8 @@
 #!/bin/sh
 # Replays the same random calls of the paged cache each time, under AddressSanitizer with UndefinedBehaviorSanitizer
 # and, with several threads, under ThreadSanitizer; and attention at many sizes under the first two. (ThreadSanitizer
-# does not know OpenMP's barriers.) Needs the extension to be built; CXX is the compiler, g++ by default.
+# does not know OpenMP's barriers.) The calls come from the extension, which has to be built; CXX is the compiler, g++ by
+# default.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}

@@ -1,6 +1,7 @@
 """The encoder's attention in C++, against softmax(Q K^T / sqrt(head_dim)) V in fp64."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,21 @@ from trocr_fast import _csrc
 
 LANES = [lanes for lanes in (4, 8, 16) if lanes <= _csrc.LANES]
 # pictures, tokens, heads, head_dim: around the panels and groups of each width, and the real heads
-SIZES = [(1, 1, 1, 1), (2, 7, 3, 5), (1, 12, 2, 16), (3, 13, 1, 33), (2, 32, 2, 8), (1, 65, 2, 64), (2, 97, 3, 40)]
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 7, 3, 5),
+    (1, 8, 2, 3),
+    (1, 9, 1, 17),
+    (1, 12, 2, 16),
+    (3, 13, 1, 33),
+    (2, 16, 2, 4),
+    (2, 17, 2, 24),
+    (2, 32, 2, 8),
+    (1, 49, 1, 9),
+    (1, 65, 2, 64),
+    (2, 97, 3, 40),
+    (1, 577, 2, 64),
+]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -78,6 +93,15 @@ def test_what_is_no_number_stays_in_its_picture_and_head(lanes: int) -> None:
     assert torch.equal(found, clean)
 
 
+def test_calls_from_several_threads_at_once_do_not_meet() -> None:
+    given = [random(2, 60, 3 * 32, seed=seed) for seed in range(8)]
+    alone = [attend(qkv, 2) for qkv in given]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for found, wanted in zip(threads.map(lambda qkv: attend(qkv, 2), given), alone, strict=True):
+                assert torch.equal(found, wanted)
+
+
 def test_no_pictures_and_no_tokens() -> None:
     assert attend(torch.zeros(0, 5, 6), 1).shape == (0, 5, 2)
     assert attend(torch.zeros(2, 0, 6), 1).shape == (2, 0, 2)
@@ -92,8 +116,10 @@ def test_no_pictures_and_no_tokens() -> None:
         ("qkv", lambda x: x[:, :, :11].contiguous(), "num_heads: expected a divisor of a third of 11, got 2"),
         ("qkv", lambda x: [1.0], "qkv: expected a tensor, got list"),
         ("num_heads", lambda _: 0, "num_heads: expected a divisor of a third of 12, got 0"),
+        ("num_heads", lambda _: (2**64 - 1) // 3, "num_heads: expected a divisor of a third of 12, got 61"),
         ("num_heads", lambda _: 3, "num_heads: expected a divisor of a third of 12, got 3"),
         ("out", lambda x: x[:1], r"out: expected shape \[2, 5, 4\], got \[1, 5, 4\]"),
+        ("out", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "out: expected contiguous memory"),
         ("out", lambda x: x.half(), "out: expected dtype float32, got float16"),
         ("num_threads", lambda _: 0, "num_threads: expected 1 or more, got 0"),
         ("lanes", lambda _: 5, "lanes: expected 4, 8 or 16, and no more than this CPU's .*, got 5"),

@@ -56,6 +56,15 @@ def test_a_score_far_above_the_others_is_all_there_is_wherever_it_stands(largest
     torch.testing.assert_close(attend(q, states, lanes=lanes), states[:, largest : largest + 1], rtol=1e-6, atol=1e-6)
 
 
+def test_a_score_of_minus_infinity_is_no_key() -> None:
+    states = random(1, 200, 8)
+    states[0, :, 0] = 0
+    states[0, :100, 0] = torch.finfo(torch.float32).max
+    q = torch.zeros(1, 1, 8)
+    q[0, 0, 0] = -10
+    torch.testing.assert_close(attend(q, states), states[:, 100:].mean(1, keepdim=True))
+
+
 def test_rows_and_heads_may_lie_in_any_order() -> None:
     q, states = random(4, 6, 2, 40), random(2, 150, 40, seed=1)
     heads_first = q[:, :, 1].transpose(0, 1).contiguous().transpose(0, 1)
@@ -63,20 +72,22 @@ def test_rows_and_heads_may_lie_in_any_order() -> None:
     assert torch.equal(attend(q[:, :, 1], states), attend(q[:, :, 1].contiguous(), states))
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_line_is_the_same_in_any_batch(num_threads: int) -> None:
+def test_a_line_is_the_same_in_any_batch(num_threads: int, lanes: int) -> None:
     q, states = random(10, 4, 48), random(5, 200, 48, seed=1)
-    together = attend(q, states, num_threads)
+    together = attend(q, states, num_threads, lanes)
     for line in range(5):
         rows = slice(2 * line, 2 * line + 2)
-        assert torch.equal(attend(q[rows], states[line : line + 1], num_threads), together[rows])
+        assert torch.equal(attend(q[rows], states[line : line + 1], num_threads, lanes), together[rows])
 
 
-def test_what_is_no_number_stays_in_its_line() -> None:
+@pytest.mark.parametrize("lanes", LANES)
+def test_what_is_no_number_stays_in_its_line(lanes: int) -> None:
     q, states = random(4, 4, 48), random(2, 200, 48, seed=1)
-    clean = attend(q, states)
+    clean = attend(q, states, lanes=lanes)
     states[1, 150] = torch.nan
-    found = attend(q, states)
+    found = attend(q, states, lanes=lanes)
     assert found[2:].isnan().all() and torch.equal(found[:2], clean[:2])
 
 

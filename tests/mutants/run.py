@@ -10,6 +10,7 @@ by default tests/csrc. Exit status 1 if a bug is not found, or a patch does not 
 import filecmp
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,17 +25,7 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["csrc", "examples", "kernels", "pyproject.toml", "setup.py", "tests", "trocr_fast"]
-SOURCES = [
-    "block_allocator",
-    "paged_cache",
-    "kv_memory_cpu",
-    "kv_memory_no_cuda",
-    "paged_attention",
-    "encoder_attention",
-    "latent_cross_attention",
-    "attention_bindings",
-    "bindings",
-]
+SOURCES = [*runpy.run_path(str(ROOT / "setup.py"))["NAMES"], "kv_memory_no_cuda"]
 EXTENSION = f"trocr_fast/_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
 LIMIT_S = 300  # of one run of the tests
 
