@@ -17,7 +17,7 @@ from trocr_fast.config import CheckpointConfig
 from trocr_fast.weights import expected_shapes
 
 PICTURES = 8
-MEGABYTES = (1, 4, 8, 16, 512)  # a thread
+MEGABYTES = (1, 4, 8, 12, 16, 512)  # a thread
 TURNS = 5
 
 

@@ -1,7 +1,8 @@
 """Linear layers on a CPU with packed and with plain weights: `python -m bench.packed_linear`.
 
 The layers of TrOCR base in fp32, in the encoder over the tokens of one and of eight pictures, in the decoder for some
-numbers of rows. The two take turns. Writes bench/results/packed_linear.json.
+numbers of rows; and layers of smaller decoders, around the size from which packing pays. The two take turns. Writes
+bench/results/packed_linear.json.
 """
 
 import statistics
@@ -24,10 +25,16 @@ LAYERS: dict[str, tuple[int, int, str | None]] = {  # in, out, activation
     "decoder fc1": (1024, 4096, "gelu"),
     "decoder fc2": (4096, 1024, None),
     "head": (1024, 50265, None),
+    "small decoder 192": (192, 192, None),
+    "small decoder 192 fc1": (192, 768, "gelu"),
+    "small decoder 256": (256, 256, None),
+    "small decoder 256 fc1": (256, 1024, "relu"),
+    "small decoder 512": (512, 512, None),
 }
 ENCODER_ROWS = (577, 8 * 577)
 DECODER_ROWS = (1, 8, 16, 80)
 TURNS = 9
+TURNS_OF_SMALL = 200
 
 
 def median_ms(
@@ -49,7 +56,7 @@ def median_ms(
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
-    print(f"{'layer':<14}{'rows':>6}{'plain ms':>10}{'packed ms':>11}{'gain':>7}")
+    print(f"{'layer':<23}{'rows':>6}{'plain ms':>10}{'packed ms':>11}{'gain':>7}")
     for name, (width, out, activation) in LAYERS.items():
         weight = 0.02 * torch.randn(out, width, generator=generator)
         bias = None if name == "head" else torch.randn(out, generator=generator)
@@ -62,11 +69,12 @@ def main() -> None:
                 {
                     "plain": lambda: torch_ops.linear(x, weight, bias, activation),  # noqa: B023  # called right here
                     "packed": lambda: torch_ops.linear(x, packed, bias, activation),  # noqa: B023
-                }
+                },
+                TURNS_OF_SMALL if name.startswith("small") else TURNS,
             )
             rows.append({"layer": name, "rows": num_rows, **{f"{form}_ms": ms for form, ms in found.items()}})
             gain = found["plain"] / found["packed"]
-            print(f"{name:<14}{num_rows:>6}{found['plain']:>10.3f}{found['packed']:>11.3f}{gain:>6.2f}x", flush=True)
+            print(f"{name:<23}{num_rows:>6}{found['plain']:>10.3f}{found['packed']:>11.3f}{gain:>6.2f}x", flush=True)
     print(f"written to {report.write('packed_linear', rows).relative_to(report.ROOT)}")
 
 

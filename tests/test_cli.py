@@ -165,6 +165,13 @@ def test_beams_and_log_probabilities_on_request() -> None:
         assert math.exp(mean) == pytest.approx(row["confidence"], abs=1e-5)
 
 
+def test_one_format_alone_in_any_spelling() -> None:
+    done = trocr_fast("read", LINES / "gate.png", LINES / "hello.jpg", "--picture-format", "png", "--format", "jsonl")
+    good, bad = map(json.loads, done.stdout.splitlines())
+    assert good["text"] and "error" not in good
+    assert "expected one of PNG" in bad["error"]
+
+
 def test_list_on_stdin() -> None:
     done = trocr_fast("read", "-", stdin="\n".join(map(str, SAMPLES[:2])))
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(s) for s in SAMPLES[:2]]

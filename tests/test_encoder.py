@@ -32,6 +32,7 @@ def test_pictures_in_groups_are_what_transformers_encodes(tmp_path: Path, monkey
             (1, [1] * 5),
             (int(2 * picture) - 1, [1] * 5),
             (int(2 * picture), [2, 2, 1]),
+            (int(4 * picture), [3, 2]),
             (int(5 * picture), [5]),
             (encoder.CACHED_BYTES, [5]),
         ):

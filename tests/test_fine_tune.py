@@ -62,6 +62,18 @@ def test_a_script_teaches_and_writes_a_checkpoint(script: str, upper_case: Path,
     assert processor.tokenizer("abc").input_ids == TrOCRProcessor.from_pretrained(BUILTIN).tokenizer("abc").input_ids
 
 
+@pytest.mark.parametrize("script", ["native.py", "trainer.py"])
+def test_a_script_overwrites_nothing(script: str, upper_case: Path, tmp_path: Path) -> None:
+    held = {"model.safetensors": b"of days"}
+    for name, content in held.items():
+        (tmp_path / name).write_bytes(content)
+    for out in (tmp_path, tmp_path / "model.safetensors"):
+        command = [sys.executable, str(FOLDER / script), str(upper_case), str(upper_case), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
+        assert done.returncode == 2 and f"expected a new or an empty folder, got {out}" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+
+
 @pytest.fixture(scope="module")
 def lines() -> Iterator[ModuleType]:
     """The scripts' shared file. They import it by its plain name, which must not stay importable."""

@@ -131,6 +131,9 @@ def test_packed_weights_give_the_same_products(shape: tuple[int, int, int], acti
 
 def test_weights_stay_plain_where_nothing_is_won_or_triton_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(8, 8)
+    for size, is_packed in ((ops.PACKED_FROM - 1, False), (ops.PACKED_FROM, True)):
+        assert ops.packed(torch.zeros(1, size), few_rows=True).is_mkldnn is is_packed
+        assert ops.packed(torch.zeros(1, size)).is_mkldnn
     assert ops.packed(weight.half()).is_mkldnn is ops.packed(weight.bfloat16()).is_mkldnn is False
     for operation in ops.PRODUCTS:
         with ops.use(f"{operation}=triton"):

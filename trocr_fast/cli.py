@@ -333,8 +333,12 @@ def info(
 
 def _limits(max_image_mpixels: float | None, max_file_bytes: int | None, formats: list[str] | None) -> dict[str, Any]:
     """Those that were given, by their names in `TrOCR.from_pretrained`."""
-    given = {"max_image_mpixels": max_image_mpixels, "max_file_bytes": max_file_bytes}
-    return {name: value for name, value in {**given, "formats": formats or None}.items() if value is not None}
+    given = {
+        "max_image_mpixels": max_image_mpixels,
+        "max_file_bytes": max_file_bytes,
+        "formats": [name.upper() for name in formats] if formats else None,  # Pillow's names are in capitals
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _load(

@@ -107,7 +107,7 @@ class Decoder:
     def __init__(self, config: DecoderConfig, weights: dict[str, Tensor]) -> None:
         self.config = config
         self.embedding = weights[EMBEDDING]  # [vocab_size, width]
-        self.head = ops.packed(weights[HEAD])  # [vocab_size, width]
+        self.head = ops.packed(weights[HEAD], few_rows=True)  # [vocab_size, width]
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.q_scale = config.head_dim**-0.5
         root = "decoder.model.decoder"
@@ -117,7 +117,7 @@ class Decoder:
 
         def product(name: str) -> tuple[Tensor, Tensor]:
             weight, bias = pair(name)
-            return ops.packed(weight), bias.contiguous()
+            return ops.packed(weight, few_rows=True), bias.contiguous()
 
         self._learned = weights[f"{root}.embed_positions.weight"] if config.learned_positions else None
         self._embedding_norm = pair("layernorm_embedding") if config.layernorm_embedding else None
@@ -128,7 +128,7 @@ class Decoder:
             q, k, v = (pair(f"{layer}.self_attn.{x}_proj") for x in "qkv")
             self.layers.append(
                 _Layer(
-                    qkv=(ops.packed(torch.cat([q[0], k[0], v[0]])), torch.cat([q[1], k[1], v[1]])),
+                    qkv=(ops.packed(torch.cat([q[0], k[0], v[0]]), few_rows=True), torch.cat([q[1], k[1], v[1]])),
                     self_out=product(f"{layer}.self_attn.out_proj"),
                     self_norm=pair(f"{layer}.self_attn_layer_norm"),
                     cross_q=product(f"{layer}.encoder_attn.q_proj"),

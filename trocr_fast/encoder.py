@@ -10,7 +10,7 @@ from trocr_fast.config import EncoderConfig
 
 # A thread on a CPU, of what pictures that go through the layers together leave between two products: more would fall
 # out of its caches (docs/decisions.md).
-CACHED_BYTES = 8 << 20
+CACHED_BYTES = 12 << 20
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ class Encoder:
         """
         self.check_shape(pixels)
         at_once = self.most_at_once(len(pixels))
-        if len(pixels) > at_once:
-            return torch.cat([self._encode(part, table) for part in pixels.split(at_once)])
-        return self._encode(pixels, table)
+        if len(pixels) <= at_once:
+            return self._encode(pixels, table)
+        parts = pixels.tensor_split(-(-len(pixels) // at_once))  # as even as can be
+        return torch.cat([self._encode(part, table) for part in parts])
 
     def most_at_once(self, num_pictures: int) -> int:
         """How many of so many pictures go through the layers together: on a GPU all."""

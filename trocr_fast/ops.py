@@ -39,6 +39,7 @@ OPERATIONS = (
 BACKENDS = {"torch": OPERATIONS, "cpp": cpp_ops.OPERATIONS, "triton": OPERATIONS}  # and what each can compute
 PRODUCTS = ("linear", "linear_activation", "skinny_linear", "greedy_token")  # that take a `packed` weight
 FEW_ROWS = 16  # up to which a linear layer is `skinny_linear`
+PACKED_FROM = 3 << 16  # values of a weight for few rows: a smaller one is faster as it is (bench.packed_linear)
 
 # On a GPU these stay with PyTorch, until they are measured. A plain product has nothing to fuse. In fp32 Triton
 # multiplies without matrix units, and the libraries use registers better, so what is bound by arithmetic stays there.
@@ -164,7 +165,7 @@ def pixels_to_patches(pixels: Tensor, table: Tensor, patch_size: tuple[int, int]
     return _of("pixels_to_patches", weight).pixels_to_patches(pixels, table, patch_size, weight.dtype)
 
 
-def packed(weight: Tensor) -> Tensor:
+def packed(weight: Tensor, few_rows: bool = False) -> Tensor:
     """A weight for `linear` and `greedy_token`, in the layout of their fastest implementation.
 
     On a CPU in fp32 it is oneDNN's, in which products are 1.2 to 4 times as fast (docs/decisions.md) and which nothing
@@ -172,7 +173,10 @@ def packed(weight: Tensor) -> Tensor:
 
     Args:
         weight: [out, in].
+        few_rows: it is for the few rows of a decode step.
     """
+    if few_rows and weight.numel() < PACKED_FROM:
+        return weight
     chosen = {backend(operation, weight.device, weight.dtype) for operation in PRODUCTS}
     return torch_ops.packed(weight) if chosen == {"torch"} else weight
 

@@ -83,9 +83,12 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("train", help="a folder of pictures with NAME.gt.txt beside each, or a labels.csv")
     parser.add_argument("held_out", help="the same, of lines that are not trained on")
-    parser.add_argument("out", help="the folder for the new checkpoint")
+    parser.add_argument("out", help="the folder for the new checkpoint: a new one, or an empty one")
     parser.add_argument("--model", help="checkpoint folder or hub id; by default the built-in model")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+        parser.error(f"out: expected a new or an empty folder, got {args.out}, which holds something already")
+    return args

@@ -11,6 +11,7 @@ from transformers import VisionEncoderDecoderModel
 
 from tests.parity.models import MAX_LENGTH, NUM_PICTURES, Case, cut, lively_reference
 from tests.recorder import Recorder
+from trocr_fast import ops
 from trocr_fast.config import Architecture
 from trocr_fast.cross_memory import KVMemory
 from trocr_fast.engine import Engine
@@ -34,6 +35,12 @@ SEARCHES: list[dict[str, Any]] = [
     {"num_beams": 3, "length_penalty": 0.0},
     {"num_beams": 10, "length_penalty": -1.0, "early_stopping": True},
 ]
+
+
+@pytest.fixture(autouse=True)
+def packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's too, as those of large models are."""
+    monkeypatch.setattr(ops, "PACKED_FROM", 0)
 
 
 @cache
