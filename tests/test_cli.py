@@ -169,7 +169,7 @@ def test_one_format_alone_in_any_spelling() -> None:
     done = trocr_fast("read", LINES / "gate.png", LINES / "hello.jpg", "--picture-format", "png", "--format", "jsonl")
     good, bad = map(json.loads, done.stdout.splitlines())
     assert good["text"] and "error" not in good
-    assert "expected one of PNG" in bad["error"]
+    assert "expected a whole picture in a format of PNG" in bad["error"]
 
 
 def test_list_on_stdin() -> None:
