@@ -42,7 +42,8 @@ def measure(name: str) -> list[dict[str, Any]]:
 
     for megabytes in MEGABYTES:
         encoder.CACHED_BYTES = megabytes << 20
-        sizes[megabytes] = min(PICTURES, model.most_at_once(PICTURES))
+        num_groups = -(-PICTURES // model.most_at_once(PICTURES))
+        sizes[megabytes] = -(-PICTURES // num_groups)  # of the largest
     forms = {str(megabytes): lambda megabytes=megabytes: encode(megabytes) for megabytes in MEGABYTES}
     found = median_ms(forms, TURNS)
     return [
